@@ -1,0 +1,77 @@
+"""The LoRA operation as the model calls it: what a step plan is, and the interface that every backend implements.
+
+Backends: `kernels.lora_torch` (reference, any device) and, on CUDA, kernels over the same row tables. Knows nothing about
+requests, adapters' names or how pages are allocated: it sees rows of the pool.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Where one adapter's weights of one module lie in the flat pool of a layer; the same in every layer.
+
+    a_rows: [rank] int64, element offset of each row of A (`in_features` elements each), on the pool's device.
+    b_rows: [rank] int64, element offset of each row of B transposed (`out_features` elements each), likewise.
+    scaling: applied in fp32 between shrink and expand.
+    """
+
+    rank: int
+    scaling: float
+    a_rows: torch.Tensor
+    b_rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """One adapter on the device: rows by module name. A module that it leaves alone is absent."""
+
+    modules: Mapping[str, LoraRows]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTarget:
+    """One module of a call: its rows come from `module`, its output goes to y[:, out_start : out_start + out_features]."""
+
+    module: str
+    in_features: int
+    out_features: int
+    out_start: int
+
+
+class LoraPlan(ABC):
+    """What a backend derived from one step's tokens and adapters; built once a step, used by every layer and module."""
+
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether no token of the step has an adapter, so that the base-only path may be taken."""
+
+
+class LoraOps(ABC):
+    """Adds the adapter part of a linear module in place, for a batch in which every token may have another adapter."""
+
+    @abstractmethod
+    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter]) -> LoraPlan:
+        """Groups a step's tokens by adapter.
+
+        adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
+        """
+
+    @abstractmethod
+    def add(
+        self, y: torch.Tensor, x: torch.Tensor, layer_pool: torch.Tensor, plan: LoraPlan, targets: Sequence[LoraTarget]
+    ) -> None:
+        """Adds scaling * (x A^T) B to y in place for all targets of one input (q, k and v; gate and up), in one call.
+
+        Semantics: y[t, o:o+n] += scaling * (x[t] @ A[adapter[t]].T) @ Bt[adapter[t]], nothing for index -1, sums in fp32
+            (S-LoRA §5: shrink, then expand).
+
+        y: [num_tokens, out_total] dtype of the pool, written in place.
+        x: [num_tokens, in_features] dtype of the pool.
+        layer_pool: [num_pages * page_elems] one layer of the pool, flat.
+        """

@@ -1,0 +1,1 @@
+"""The contracts of loraplane: protobuf sources, their generated stubs, and `planes`, the messages between the planes."""
