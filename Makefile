@@ -1,0 +1,74 @@
+# One command each for everything that is done with this repository; the same here and in CI.
+#
+# The first target that needs it makes .venv with the versions of constraints.txt. Another pip source is chosen as always,
+# with PIP_INDEX_URL or pip.conf; an interpreter with `make PYTHON=python3.12 ...`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.loraplane-installed
+PROTOS := $(sort $(wildcard protos/loraplane/v1/*.proto))
+BUF := @bufbuild/buf@1.75.0
+# $(call generate,DIR) writes the stubs under DIR.
+generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --mypy_out=$(1) \
+	--grpc_python_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+PACKAGES := adapter_store controlplane dataplane kernels protos
+
+.PHONY: help setup demo test lint check-python check-protos check-stubs protos gpu-test clean
+
+help:  ## Show this.
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP)  ## Make .venv, if it is not there or constraints.txt changed.
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+		python=$$(for name in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+			if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$name"; break; fi; done); \
+		if [ -z "$$python" ]; then \
+			echo "loraplane needs Python 3.11 or newer, and none is on PATH (python3 is $$(python3 -V 2>&1))." \
+				"Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+		echo "making $(VENV) with $$($$python -V); the first time takes minutes"; \
+		"$$python" -m venv $(VENV); }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Serve the example model and watch nine voices answer in one batch.
+	@$(BIN)/python examples/demo.py
+
+test: lint  ## Everything that must pass before a commit: lint, then all tests.
+	@$(BIN)/python -m pytest
+
+lint: check-python check-protos check-stubs  ## Format, lint and types; protos; stubs that do not match their protos.
+
+check-python: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+# buf comes from npm. Without npm this is skipped, loudly; CI has it.
+check-protos:
+	@if command -v npx >/dev/null; then \
+		npx --yes --package $(BUF) -- buf lint; \
+	else echo "buf lint SKIPPED: npx is not on PATH" >&2; fi
+
+check-stubs: $(STAMP)
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	$(call generate,$$out); \
+	for stub in $$(cd $$out && find . -type f); do \
+		diff -u "$$stub" "$$out/$$stub" || { echo "$$stub does not match its .proto; run: make protos" >&2; exit 1; }; done
+
+protos: $(STAMP)  ## Generate the Python stubs from protos/ again.
+	@$(call generate,.)
+
+gpu-test: $(STAMP)  ## The tests that need a CUDA device.
+	@$(BIN)/python -m pytest -m gpu
+
+clean:  ## Remove what the other targets made, .venv included.
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .state
+	find $(PACKAGES) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
