@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.loraplane-installed
 PROTOS := $(sort $(wildcard protos/loraplane/v1/*.proto))
-BUF := @bufbuild/buf@1.75.0
+RUN_BUF := npx --yes --loglevel=error --package @bufbuild/buf@1.75.0 -- buf
 # $(call generate,DIR) writes the stubs under DIR.
 generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --mypy_out=$(1) \
 	--grpc_python_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
@@ -51,11 +51,16 @@ check-python: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-# buf comes from npm. Without npm this is skipped, loudly; CI has it.
+# buf comes from npm; without npx its checks are skipped, and say so. What a release has promised stays compatible: before
+# the first tag there is nothing to compare with.
 check-protos:
-	@if command -v npx >/dev/null; then \
-		npx --yes --package $(BUF) -- buf lint; \
-	else echo "buf lint SKIPPED: npx is not on PATH" >&2; fi
+	@if ! command -v npx >/dev/null; then \
+		echo "buf lint and buf breaking SKIPPED: npx is not on PATH" >&2; \
+	else \
+		$(RUN_BUF) lint; \
+		if tag=$$(git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null); then \
+			$(RUN_BUF) breaking --against ".git#tag=$$tag"; fi; \
+	fi
 
 check-stubs: $(STAMP)
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
