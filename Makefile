@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Serve the example model and watch nine voices answer in one batch.
-	@$(BIN)/python examples/demo.py
+demo: $(STAMP)  ## Serve the example model and watch twelve voices answer in one batch.
+	@$(BIN)/python -m examples.demo
 
 test: lint  ## Everything that must pass before a commit: lint, then all tests.
 	@$(BIN)/python -m pytest
