@@ -1,0 +1,307 @@
+"""The registry as it lies in Redis: atomic writes with etags, the change feed, answers to repeated requests, and garbage.
+
+Knows what the keys and scripts are (`scripts.py`), nothing of requests, weights or protobuf. While Redis is away everything here
+raises UnavailableError.
+"""
+
+import secrets
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisError, ResponseError
+
+from controlplane.errors import (
+    AlreadyExistsError,
+    EtagMismatchError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    UnavailableError,
+)
+from controlplane.registry import scripts
+from controlplane.registry.directory import ADAPTER_TYPE
+from controlplane.registry.records import AdapterRecord, Change, ChangeKind, Revision, record_from_json, record_to_json
+
+COMMAND_TIMEOUT_S = 5.0
+# Changes kept for watchers and for control planes that were away.
+DEFAULT_HISTORY = 10_000
+REQUEST_ID_TTL_S = 24 * 3600
+# How long an image may wait for its adapter to be published, and how long deleting one may take.
+CLAIM_S = 600
+DELETE_S = 30
+
+
+class RegistryMismatchError(Exception):
+    """Redis holds a registry that this version, or this session with it, cannot go on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMark:
+    """A client's request_id and a fingerprint of what it asked for: the same pair again gets the first answer."""
+
+    request_id: str
+    fingerprint: str
+
+
+class RedisRegistry:
+    """One registry, under one key prefix of one Redis. `open()` comes first."""
+
+    def __init__(self, url: str, prefix: str = "loraplane", *, history: int = DEFAULT_HISTORY) -> None:
+        self.url = url
+        self._prefix = prefix
+        self._history = history
+        # No retries in here: a write that was sent may have been done. Callers repeat with their request_id.
+        retry = Retry(NoBackoff(), 0)
+        self._redis: Redis = Redis.from_url(
+            url, decode_responses=True, retry=retry, socket_timeout=COMMAND_TIMEOUT_S, socket_connect_timeout=COMMAND_TIMEOUT_S
+        )
+        self._scripts: dict[str, AsyncScript] = {}
+        self.registry_id = ""
+
+    async def open(self) -> None:
+        """Reads, or writes for a new registry, which schema this is and which registry.
+
+        Raises:
+            RegistryMismatchError: another version of loraplane wrote it.
+        """
+        async with self._reaching():
+            version, registry_id = await self._run(scripts.OPEN, ["schema"], [scripts.SCHEMA_VERSION, secrets.token_hex(4)])
+        if version != scripts.SCHEMA_VERSION:
+            raise RegistryMismatchError(
+                f"the registry under {self._prefix!r} at {self.url} has schema {version!r}, this version of loraplane reads and "
+                f"writes schema {scripts.SCHEMA_VERSION!r}; use another --key-prefix or the matching version"
+            )
+        self.registry_id = registry_id
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._redis.aclose()
+
+    # Reading.
+
+    async def snapshot(self) -> tuple[list[AdapterRecord], Revision]:
+        """All adapters, and the revision at which they were so."""
+        async with self._reaching():
+            answer = await self._run(scripts.SNAPSHOT, ["revision", "names"], [self._key("adapter:")])
+        return [record_from_json(text) for text in answer[1:]], self._revision(answer[0])
+
+    async def get(self, name: str) -> AdapterRecord | None:
+        """One adapter as it is in Redis now."""
+        async with self._reaching():
+            text = await self._redis.get(self._key(f"adapter:{name}"))
+        return record_from_json(text) if text is not None else None
+
+    async def answered(self, request: RequestMark) -> Change | None:
+        """The answer that an earlier request with this id got, if there was one.
+
+        Raises:
+            InvalidArgumentError: it asked for something else.
+        """
+        async with self._reaching():
+            fields = ["fingerprint", "kind", "record", "revision"]
+            found: list[str] = await self._redis.execute_command("HMGET", self._request_key(request), *fields)
+        if found[0] is None:
+            return None
+        if found[0] != request.fingerprint:
+            raise _request_id_reused(request.request_id)
+        return self._change(*found[1:])
+
+    async def changes_after(self, revision: Revision, limit: int) -> list[Change]:
+        """The next changes after a revision, at most `limit`; empty when there are none yet.
+
+        Raises:
+            OutOfRangeError: history no longer reaches back that far, or it is another registry's revision.
+        """
+        if revision.registry_id != self.registry_id:
+            raise _trimmed(revision, "it belongs to another registry")
+        async with self._reaching():
+            keys = ["schema", "revision", "changes"]
+            answer = await self._run(scripts.CHANGES, keys, [self.registry_id, revision.number, limit])
+        if answer[0] == "OTHER_REGISTRY":
+            raise _trimmed(revision, "the registry was made anew")
+        if answer[0] == "OUT_OF_RANGE":
+            raise _trimmed(revision, f"the last change is {answer[1]} and {self._history} changes are kept")
+        return [self._change(**_fields(entry), revision=entry[0].partition("-")[0]) for entry in answer[1]]
+
+    @asynccontextmanager
+    async def feed(self, block_s: float) -> AsyncIterator["ChangeFeed"]:
+        """A connection of its own on which to wait for changes, at most `block_s` at a time."""
+        redis: Redis = Redis.from_url(
+            self.url,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=block_s + COMMAND_TIMEOUT_S,
+            socket_connect_timeout=COMMAND_TIMEOUT_S,
+        )
+        try:
+            yield ChangeFeed(redis, self._key("changes"), block_s)
+        finally:
+            await redis.aclose()
+
+    # Writing.
+
+    async def add(self, record: AdapterRecord, request: RequestMark | None = None) -> Change:
+        """Publishes a new adapter.
+
+        Raises:
+            AlreadyExistsError: its name or an alias is taken.
+            InvalidArgumentError: the request_id asked for something else before.
+        """
+        return await self._write(ChangeKind.ADDED, record, "", request=request)
+
+    async def replace(self, record: AdapterRecord, etag: str, request: RequestMark | None = None) -> Change:
+        """Puts `record` in the place of the adapter of its name, if that still has the given etag.
+
+        Raises:
+            NotFoundError, EtagMismatchError, and those of `add`.
+        """
+        return await self._write(ChangeKind.MODIFIED, record, etag, request=request)
+
+    async def remove(self, record: AdapterRecord, etag: str, *, force: bool) -> Change:
+        """Unpublishes the adapter of that name, if it still has the given etag (any, if empty).
+
+        Raises:
+            NotFoundError, EtagMismatchError.
+        """
+        return await self._write(ChangeKind.DELETED, record, etag, force=force)
+
+    async def _write(
+        self, kind: ChangeKind, record: AdapterRecord, etag: str, *, request: RequestMark | None = None, force: bool = False
+    ) -> Change:
+        keys = ["schema", "revision", "names", "digests", "changes", "garbage", f"adapter:{record.name}"]
+        keys.append(f"request:{request.request_id}" if request else "schema")
+        body = "" if kind is ChangeKind.DELETED else record_to_json(record)
+        args = [self.registry_id, kind.value, record.name, body, etag, "1" if force else "", self._history]
+        args += [request.fingerprint if request else "", REQUEST_ID_TTL_S]
+        async with self._reaching():
+            answer = await self._run(scripts.WRITE, keys, args)
+        match answer[0]:
+            case "WRITTEN" | "REPEATED":
+                return self._change(answer[1], answer[2], answer[3], "1" if force else "")
+            case "NOT_FOUND":
+                raise NotFoundError(
+                    ADAPTER_TYPE, record.name, f"no adapter is called {record.name!r}", reason="ADAPTER_NOT_FOUND"
+                )
+            case "ETAG_MISMATCH":
+                raise EtagMismatchError(record.name, etag, answer[1])
+            case "TAKEN":
+                raise name_taken(answer[1], answer[2])
+            case "REQUEST_ID_REUSED" if request:
+                raise _request_id_reused(request.request_id)
+            case _:
+                raise UnavailableError("the registry in Redis was made anew; it is being read again", reason="REGISTRY_AWAY")
+
+    # Images without a name.
+
+    async def claim(self, digest: str) -> bool:
+        """Keeps an image safe from collection while its adapter is being published; False while it is just being deleted."""
+        async with self._reaching():
+            answer = await self._run(scripts.CLAIM, ["garbage"], [digest, CLAIM_S])
+        return bool(answer[0] == "CLAIMED")
+
+    async def unclaim(self, digest: str) -> None:
+        """Gives a claim back after a registration that failed."""
+        async with self._reaching():
+            await self._run(scripts.UNCLAIM, ["garbage"], [digest])
+
+    async def heartbeat(self, member: str, ttl_s: int, seen: int, draining: Iterable[str]) -> list[str]:
+        """Says that a control plane lives, what it has seen and still uses; returns digests that may be garbage."""
+        async with self._reaching():
+            digests: list[str] = await self._run(scripts.HEARTBEAT, ["members", "garbage"], [member, ttl_s, seen, *draining])
+        return digests
+
+    async def leave(self, member: str) -> None:
+        """Takes a control plane's heartbeat away."""
+        async with self._reaching():
+            await self._redis.execute_command("HDEL", self._key("members"), member)
+
+    async def may_delete(self, digest: str) -> bool:
+        """Whether no adapter has that digest and no control plane uses it; True must be followed by `deleted`."""
+        async with self._reaching():
+            answer = await self._run(scripts.COLLECT, ["members", "garbage", "digests"], [digest, DELETE_S])
+        return bool(answer[0] == "DELETE")
+
+    async def deleted(self, digest: str) -> None:
+        """The image is gone."""
+        async with self._reaching():
+            await self._run(scripts.COLLECTED, ["garbage"], [digest])
+
+    # Within.
+
+    @asynccontextmanager
+    async def _reaching(self) -> AsyncIterator[None]:
+        """Makes every failure to reach Redis, or of Redis to write, an UnavailableError."""
+        try:
+            yield
+        except ResponseError as error:
+            # Redis refuses for a state of its own (out of memory, read-only replica, disk) or for a bug in a script.
+            raise UnavailableError(f"the registry refused: {error}", reason="REGISTRY_REFUSED") from error
+        except (RedisError, OSError) as error:
+            raise UnavailableError(
+                f"the registry is away ({type(error).__name__}); known adapters are served, changes must wait",
+                reason="REGISTRY_AWAY",
+            ) from error
+
+    async def _run(self, script: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:
+        if script not in self._scripts:
+            self._scripts[script] = self._redis.register_script(script)
+        return await self._scripts[script](keys=[self._key(key) for key in keys], args=args)
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}:schema" if name == "schema" else f"{self._prefix}:v{scripts.SCHEMA_VERSION}:{name}"
+
+    def _request_key(self, request: RequestMark) -> str:
+        return self._key(f"request:{request.request_id}")
+
+    def _revision(self, number: str) -> Revision:
+        return Revision(self.registry_id, int(number))
+
+    def _change(self, kind: str, record: str, revision: str, force: str = "") -> Change:
+        return Change(ChangeKind(kind), record_from_json(record), self._revision(revision), force=bool(force))
+
+
+class ChangeFeed:
+    """Waits for changes on a connection of its own, since waiting blocks it."""
+
+    def __init__(self, redis: Redis, key: str, block_s: float) -> None:
+        self._redis = redis
+        self._key = key
+        self._block_ms = round(block_s * 1000)
+
+    async def wait_beyond(self, revision: Revision) -> None:
+        """Returns when there is a change after that revision, or when the time to wait is over."""
+        try:
+            await self._redis.xread({self._key: f"{revision.number}-0"}, count=1, block=self._block_ms)
+        except (RedisError, OSError) as error:
+            raise UnavailableError(f"the registry is away ({type(error).__name__})", reason="REGISTRY_AWAY") from error
+
+
+def name_taken(name: str, owner: str) -> AlreadyExistsError:
+    """The error of a name or alias that an adapter has already."""
+    what = "an adapter" if name == owner else f"an alias of adapter {owner!r}"
+    return AlreadyExistsError(ADAPTER_TYPE, name, f"{name!r} is taken: it is {what}", reason="ADAPTER_EXISTS")
+
+
+def _request_id_reused(request_id: str) -> InvalidArgumentError:
+    return InvalidArgumentError.of(
+        "request_id", f"{request_id!r} was used within a day for a different request; mint a new one", reason="REQUEST_ID_REUSED"
+    )
+
+
+def _trimmed(revision: Revision, why: str) -> OutOfRangeError:
+    return OutOfRangeError(
+        f"cannot go on from revision {revision}: {why}; list again and go on from the revision of the list",
+        reason="REVISION_GONE",
+        metadata={"revision": str(revision)},
+    )
+
+
+def _fields(entry: Any) -> dict[str, str]:
+    flat = entry[1]
+    return dict(zip(flat[::2], flat[1::2], strict=True))
