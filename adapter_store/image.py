@@ -77,7 +77,7 @@ class ImageHeader:
         fields = json.loads(data)
         modules = {name: _decode_module(module) for name, module in fields.pop("modules").items()}
         header = cls(modules=modules, **fields)
-        if header.dtype not in TORCH_DTYPES or not all(isinstance(n, int) and n > 0 for n in header.shape):
+        if header.dtype not in TORCH_DTYPES or min(header.shape) < 1:
             raise ValueError(f"pages of dtype {header.dtype} and shape {header.shape}")
         return header
 
