@@ -67,7 +67,7 @@ class StopMatcher:
             if completed and armed:
                 self._is_done = True
                 stop = max((pattern.text for pattern in completed), key=len)
-                text = self._held + piece[: index + 1]
+                text = self.flush() + piece[: index + 1]
                 return StopScan(text if self._include_stop else text[: len(text) - len(stop)], stop)
         text = self._held + piece
         num_held = max(pattern.num_held for pattern in self._patterns)
