@@ -34,7 +34,7 @@ class Architecture:
     optional_fields: frozenset[str]
 
 
-_WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
