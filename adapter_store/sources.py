@@ -1,5 +1,6 @@
 """Finds the directory that a caller named, and lets nobody read outside the allowed roots."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def resolve_path(path: str, allowed_roots: Sequence[Path]) -> Path:
     if not allowed:
         described = "no root is allowed here" if not roots else "lies outside the allowed roots"
         raise SourceForbiddenError(path, f"{described}; see --adapter-root, or upload the adapter")
-    directory = next((found for found in allowed if found.is_dir()), None)
+    # os.path.isdir, unlike Path.is_dir, takes a name that is too long for one that is not there.
+    directory = next((found for found in allowed if os.path.isdir(found)), None)
     if directory is None:
         raise SourceNotFoundError(path, "is not a directory")
     for name in ADAPTER_FILES:

@@ -32,7 +32,10 @@ class _OpenFile:
 
 
 class Upload:
-    """One upload while it arrives. It ends with `finish` or `discard`; discarding twice, or after `finish`, does nothing."""
+    """One upload while it arrives. It ends with `finish` or `discard`; discarding twice, or after `finish`, does nothing.
+
+    As a context manager it discards itself at the end of the context, unless it was finished.
+    """
 
     def __init__(self, upload_id: str, directory: Path, max_bytes: int, area: "UploadArea") -> None:
         self._id = upload_id
@@ -42,6 +45,12 @@ class Upload:
         self._open: _OpenFile | None = None
         self._names: list[str] = []
         self._size_bytes = 0
+
+    def __enter__(self) -> "Upload":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard()
 
     @property
     def size_bytes(self) -> int:
