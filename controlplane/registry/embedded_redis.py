@@ -182,7 +182,7 @@ class EmbeddedRedis:
     async def _launch(self, binary: Path) -> None:
         log_path = self._state_dir / "redis.log"
         with (self._state_dir / "redis.server").open("a") as server_lock, log_path.open("ab") as log:
-            fcntl.flock(server_lock, fcntl.LOCK_EX)
+            fcntl.flock(server_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The server inherits the lock and holds it as long as it lives. A session of its own keeps Ctrl-C from reaching
             # it before us.
             self._process = await asyncio.create_subprocess_exec(
@@ -205,7 +205,7 @@ class EmbeddedRedis:
             async with asyncio.timeout(START_TIMEOUT_S):
                 while process.returncode is None:
                     with suppress(RedisError, BusyLoadingError, OSError):
-                        await redis.execute_command("PING")
+                        await redis.get("loraplane")  # not PING, which answers while the data is still being loaded
                         return
                     await asyncio.sleep(0.02)
             problem = f"ended with status {process.returncode}"
@@ -245,7 +245,7 @@ async def _shutdown(socket: str) -> None:
     """Asks the server on a socket to leave; it closes the connection instead of answering."""
     redis: Redis = Redis(unix_socket_path=socket, socket_timeout=STOP_TIMEOUT_S)
     with suppress(RedisError, OSError):
-        await redis.execute_command("SHUTDOWN")
+        await redis.shutdown()
     await redis.aclose()
 
 

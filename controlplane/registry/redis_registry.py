@@ -4,6 +4,7 @@ Knows what the keys and scripts are (`scripts.py`), nothing of requests, weights
 raises UnavailableError.
 """
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from controlplane.registry.directory import ADAPTER_TYPE
 from controlplane.registry.records import AdapterRecord, Change, ChangeKind, Revision, record_from_json, record_to_json
 
 COMMAND_TIMEOUT_S = 5.0
+OPEN_RETRY_S = 0.2
 # Changes kept for watchers and for control planes that were away.
 DEFAULT_HISTORY = 10_000
 REQUEST_ID_TTL_S = 24 * 3600
@@ -74,10 +76,22 @@ class RedisRegistry:
             version, registry_id = await self._run(scripts.OPEN, ["schema"], [scripts.SCHEMA_VERSION, secrets.token_hex(4)])
         if version != scripts.SCHEMA_VERSION:
             raise RegistryMismatchError(
-                f"the registry under {self._prefix!r} at {self.url} has schema {version!r}, this version of loraplane reads and "
+                f"the registry under {self._prefix!r} has schema {version!r}, this version of loraplane reads and "
                 f"writes schema {scripts.SCHEMA_VERSION!r}; use another --key-prefix or the matching version"
             )
         self.registry_id = registry_id
+
+    async def open_within(self, timeout_s: float) -> None:
+        """As `open`, trying until Redis is there or the time is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            try:
+                return await self.open()
+            except UnavailableError:
+                if loop.time() + OPEN_RETRY_S > deadline:
+                    raise
+            await asyncio.sleep(OPEN_RETRY_S)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -95,7 +109,7 @@ class RedisRegistry:
         """One adapter as it is in Redis now."""
         async with self._reaching():
             text = await self._redis.get(self._key(f"adapter:{name}"))
-        return record_from_json(text) if text is not None else None
+        return record_from_json(str(text)) if text is not None else None
 
     async def answered(self, request: RequestMark) -> Change | None:
         """The answer that an earlier request with this id got, if there was one.
@@ -104,9 +118,8 @@ class RedisRegistry:
             InvalidArgumentError: it asked for something else.
         """
         async with self._reaching():
-            fields = ["fingerprint", "kind", "record", "revision"]
-            found: list[str] = await self._redis.execute_command("HMGET", self._request_key(request), *fields)
-        if found[0] is None:
+            found = await self._run(scripts.ANSWERED, [f"request:{request.request_id}"], [])
+        if not found:
             return None
         if found[0] != request.fingerprint:
             raise _request_id_reused(request.request_id)
@@ -219,7 +232,7 @@ class RedisRegistry:
     async def leave(self, member: str) -> None:
         """Takes a control plane's heartbeat away."""
         async with self._reaching():
-            await self._redis.execute_command("HDEL", self._key("members"), member)
+            await self._run(scripts.LEAVE, ["members"], [member])
 
     async def may_delete(self, digest: str) -> bool:
         """Whether no adapter has that digest and no control plane uses it; True must be followed by `deleted`."""
@@ -255,9 +268,6 @@ class RedisRegistry:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}:schema" if name == "schema" else f"{self._prefix}:v{scripts.SCHEMA_VERSION}:{name}"
-
-    def _request_key(self, request: RequestMark) -> str:
-        return self._key(f"request:{request.request_id}")
 
     def _revision(self, number: str) -> Revision:
         return Revision(self.registry_id, int(number))

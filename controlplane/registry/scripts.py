@@ -90,6 +90,12 @@ end
 return {'WRITTEN', kind, record, tostring(revision)}
 """
 
+# KEYS: request. Answers nothing, or fingerprint, kind, record, revision.
+ANSWERED = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return {} end
+return redis.call('HMGET', KEYS[1], 'fingerprint', 'kind', 'record', 'revision')
+"""
+
 # KEYS: schema, revision, changes. ARGV: registry_id, revision to start after, at most this many.
 CHANGES = """
 if redis.call('HGET', KEYS[1], 'registry_id') ~= ARGV[1] then return {'OTHER_REGISTRY'} end
@@ -134,6 +140,11 @@ for i = 1, #garbage, 2 do
   if cjson.decode(garbage[i + 1])['until'] <= now then answer[#answer + 1] = garbage[i] end
 end
 return answer
+"""
+
+# KEYS: members. ARGV: member.
+LEAVE = """
+return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 
 # KEYS: members, garbage, digests. ARGV: digest, seconds that the deletion may take.
