@@ -1,88 +1,135 @@
 """The dispatcher: takes requests in, drives the scheduler and the data plane sessions, and hands tokens to their sinks.
 
-UNFINISHED: public signatures only; bodies follow.
+Owns the scheduler, one session per data plane, and the timer of deadlines. Knows nothing of text, adapters' names or clients.
 """
 
+import asyncio
+import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from adapter_store.geometry import BaseGeometry
+from controlplane.data_plane_session import DataPlaneRefusedError, DataPlaneSession, SessionConfig
+from controlplane.errors import InternalError, ServiceError, UnavailableError
+from controlplane.load import data_plane_load
 from controlplane.messages import (
     AdapterResidency,
     DataPlaneDescription,
     DoesNotFit,
     DrainResult,
+    FinishReason,
     LoadSnapshot,
     RequestSpec,
     TokenSink,
 )
+from controlplane.scheduling import EndedRequest, Request, RequestState, Scheduler, SchedulerConfig, StepEvents
+from controlplane.sinks import Sinks
+from controlplane.throughput import ThroughputMeter
+from protos.planes import EngineState, StepReport
+
+_log = logging.getLogger(__name__)
+
+# A submitted request, to its submitter: good for Dispatcher.abort and nothing else.
+RequestHandle = Request
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class DispatcherConfig:
-    """Bounds of the dispatcher."""
+    """Bounds of the dispatcher. Requests survive `outage_grace_s` without any data plane, then fail with UNAVAILABLE."""
 
     max_waiting: int = 1024
-
-
-class RequestHandle:
-    """A submitted request, to its submitter: good for Dispatcher.abort and nothing else."""
+    outage_grace_s: float = 60.0
+    session: SessionConfig = field(default_factory=SessionConfig)
 
 
 class Dispatcher:
-    """Owns the scheduler and one session per data plane. Everything runs on one event loop; only start/close/drain await."""
+    """Runs on one event loop. Only start, close, wait_connected and drain await; nothing here makes a task per token."""
 
     def __init__(
         self, addresses: Sequence[str], config: DispatcherConfig | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        raise NotImplementedError
+        """clock: must run as fast as the event loop's; deadlines are times on it."""
+        self._config = config or DispatcherConfig()
+        self._clock = clock
+        self._scheduler = Scheduler(SchedulerConfig(max_waiting=self._config.max_waiting))
+        self._sessions = {a: DataPlaneSession(a, self, self._config.session) for a in dict.fromkeys(addresses)}
+        self._sinks = Sinks()
+        self._reference: DataPlaneDescription | None = None
+        self._throughput = ThroughputMeter(clock())
+        self._is_draining = False
+        self._connected = asyncio.Event()
+        self._connection_callbacks: list[Callable[[bool], None]] = []
+        self._residency_callbacks: list[Callable[[str], None]] = []
+        self._wakeup: float | None = None
+        self._flush: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._outage: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Opens the sessions; returns at once, they connect in the background."""
-        raise NotImplementedError
+        for session in self._sessions.values():
+            session.start()
 
     async def close(self) -> None:
         """Fails what is unfinished with UNAVAILABLE and closes the sessions."""
-        raise NotImplementedError
+        self._is_draining = True
+        self._fail_unfinished("the service has stopped", "STOPPED")
+        for handle in (self._flush, self._timer, self._outage):
+            if handle is not None:
+                handle.cancel()
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+        if self._outage is not None:
+            self._outage.cancel()
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits until a data plane is connected; False if none was in time."""
-        raise NotImplementedError
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def on_connection_change(self, callback: Callable[[bool], None]) -> None:
         """Calls back with `is_connected` whenever that changes (health status)."""
-        raise NotImplementedError
+        self._connection_callbacks.append(callback)
 
     def on_residency_change(self, callback: Callable[[str], None]) -> None:
         """Calls back with an adapter's digest whenever it changes place on some data plane."""
-        raise NotImplementedError
+        self._residency_callbacks.append(callback)
 
     @property
     def is_connected(self) -> bool:
         """Whether at least one data plane is connected."""
-        raise NotImplementedError
+        return bool(self._scheduler.connected)
 
     @property
     def is_draining(self) -> bool:
-        """Whether drain() was called."""
-        raise NotImplementedError
+        """Whether drain() or close() was called."""
+        return self._is_draining
 
     def geometry(self) -> BaseGeometry | None:
         """The base model's geometry; None until a data plane connected for the first time."""
-        raise NotImplementedError
+        return self._reference.geometry if self._reference is not None else None
 
     def description(self) -> DataPlaneDescription | None:
         """The description all data planes agree on, with the smallest max_model_len; None until one connected."""
-        raise NotImplementedError
+        if self._reference is None:
+            return None
+        return replace(self._reference, max_model_len=min(known.max_model_len for known in self._scheduler.known.values()))
 
     def pool_pages(self) -> int:
         """Pages of the smallest known pool; 0 until a data plane connected for the first time."""
-        raise NotImplementedError
+        return min((known.num_pages for known in self._scheduler.known.values()), default=0)
 
     def check_fits(self, spec: RequestSpec) -> DoesNotFit | None:
         """Why this request could never run on any known data plane, or None if it can."""
-        raise NotImplementedError
+        return self._scheduler.check_fits(spec)
 
     def submit(self, spec: RequestSpec, sink: TokenSink) -> RequestHandle:
         """Queues a request.
@@ -91,23 +138,43 @@ class Dispatcher:
             QueueFullError: max_waiting requests wait.
             UnavailableError: draining, or no data plane is connected.
         """
-        raise NotImplementedError
+        if self._is_draining:
+            raise UnavailableError("the service is draining; send the request elsewhere or later", reason="DRAINING")
+        self._require_connected()
+        request = self._scheduler.add(spec, self._clock())
+        self._sinks.add(request, sink)
+        self._schedule_soon()
+        return request
 
     def abort(self, handle: RequestHandle) -> None:
         """Drops a request; its sink is not called again. Does nothing if it has ended."""
-        raise NotImplementedError
+        if self._scheduler.end(handle, FinishReason.ABORTED, self._clock()) is not None:
+            self._sinks.forget(handle)
+            self._schedule_soon()
 
     def abort_adapter(self, digest: str) -> int:
         """Fails every unfinished request of that adapter with ABORTED, reason ADAPTER_REMOVED; returns how many."""
-        raise NotImplementedError
+        ended = self._scheduler.end_adapter(digest, self._clock())
+        self._finish_all(ended)
+        self._schedule_soon()
+        return len(ended)
 
     def residency(self, digest: str) -> tuple[AdapterResidency, ...]:
         """Where that adapter lies, one entry per data plane that holds or fetches it or failed to."""
-        raise NotImplementedError
+        to_epoch = time.time() - self._clock()
+        found = []
+        for address, data_plane in self._scheduler.connected.items():
+            event = data_plane.adapters.get(digest)
+            if event is not None:
+                used = data_plane.adapter_last_used.get(digest)
+                last_used = used + to_epoch if used is not None else None
+                found.append(AdapterResidency(address, event.place, event.size_bytes, last_used))
+        return tuple(found)
 
     def set_pinned(self, digests: Sequence[str]) -> None:
         """Replaces the adapters that no data plane may evict."""
-        raise NotImplementedError
+        self._scheduler.set_pinned(digests)
+        self._schedule_soon()
 
     def preload(self, digest: str) -> None:
         """Asks every connected data plane to bring that adapter to its device.
@@ -115,12 +182,161 @@ class Dispatcher:
         Raises:
             UnavailableError: no data plane is connected.
         """
-        raise NotImplementedError
+        self._require_connected()
+        self._scheduler.preload(digest)
+        self._schedule_soon()
 
     def load(self) -> LoadSnapshot:
         """Queues, memory and throughput as of the latest reports."""
-        raise NotImplementedError
+        scheduler = self._scheduler
+        return LoadSnapshot(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            data_planes=tuple(data_plane_load(a, scheduler.known.get(a), scheduler.connected.get(a)) for a in self._sessions),
+            output_tokens_per_s=self._throughput.rate(self._clock()),
+            draining=self._is_draining,
+        )
 
     async def drain(self, timeout_s: float) -> DrainResult:
-        """Stops taking requests, waits for the running ones, aborts what is left at the timeout."""
-        raise NotImplementedError
+        """Stops taking requests, waits for the unfinished ones, aborts what is left at the timeout."""
+        self._is_draining = True
+        num_unfinished = len(self._sinks)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._sinks.wait_idle()
+        num_aborted = len(self._sinks)
+        for request in self._scheduler.unfinished():
+            if request.is_started:
+                self._end(request, FinishReason.ABORTED)
+        self._fail_unfinished("the service is draining; send the request elsewhere or later", "DRAINING")
+        return DrainResult(num_finished=num_unfinished - num_aborted, num_aborted=num_aborted)
+
+    # What the sessions tell (SessionListener).
+
+    def on_described(self, address: str, description: DataPlaneDescription) -> None:
+        """Refuses a data plane whose model is not that of the first one: a request must get the same answer from any."""
+        ours = self._reference
+        if ours is None:
+            return
+        if (description.geometry, description.vocab_size, description.eos_token_ids) != (
+            ours.geometry,
+            ours.vocab_size,
+            ours.eos_token_ids,
+        ):
+            raise DataPlaneRefusedError(f"it serves another model than the rest: {description.geometry}, not {ours.geometry}")
+
+    def on_connected(self, address: str, description: DataPlaneDescription, state: EngineState) -> None:
+        """Takes a data plane in."""
+        self.on_described(address, description)  # another one may have connected in the meantime
+        if self._reference is None:
+            self._reference = description
+        self._scheduler.data_plane_connected(address, description, state)
+        if self._outage is not None:
+            self._outage.cancel()
+            self._outage = None
+        if not self._connected.is_set():
+            self._connected.set()
+            _notify(self._connection_callbacks, True)
+        for event in state.adapters:
+            _notify(self._residency_callbacks, event.digest)
+
+    def on_report(self, address: str, report: StepReport) -> None:
+        """One step: hands out its tokens, then decides who runs next."""
+        now = self._clock()
+        events = self._scheduler.update_from_report(address, report, now)
+        self._throughput.add(len(events.tokens), now)
+        self._hand_out(events)
+        self._schedule()
+        for event in report.adapter_events:
+            _notify(self._residency_callbacks, event.digest)
+
+    def on_lost(self, address: str) -> None:
+        """A data plane is away: its requests wait for it or for another one."""
+        data_plane = self._scheduler.connected.get(address)
+        lost_adapters = list(data_plane.adapters) if data_plane is not None else []
+        self._finish_all(self._scheduler.data_plane_lost(address, self._clock()))
+        if not self._scheduler.connected:
+            self._connected.clear()
+            self._outage = asyncio.get_running_loop().call_later(self._config.outage_grace_s, self._end_outage)
+            _notify(self._connection_callbacks, False)
+        for digest in lost_adapters:
+            _notify(self._residency_callbacks, digest)
+        self._schedule_soon()
+
+    def _hand_out(self, events: StepEvents) -> None:
+        for request in events.started:
+            if self._sinks.start(request):
+                self._scheduler.end(request, FinishReason.ERROR, self._clock())
+        for request, token_id, logprobs in events.tokens:
+            reason = self._sinks.token(request, token_id, logprobs)
+            if reason is not None:
+                self._stop(request, reason, events)
+        self._finish_all(events.ended)
+
+    def _stop(self, request: Request, reason: FinishReason, events: StepEvents) -> None:
+        """Ends a request at its sink's wish. If the data plane ended it with the same token, the sink's reason counts."""
+        if request.state is not RequestState.FINISHED:
+            self._end(request, reason)
+            return
+        outcomes = [ended.outcome for ended in events.ended if ended.request is request]
+        self._sinks.finish(EndedRequest(request, replace(outcomes[0], reason=reason, error=None)))
+
+    def _end(self, request: Request, reason: FinishReason, error: ServiceError | None = None) -> None:
+        ended = self._scheduler.end(request, reason, self._clock(), error)
+        if ended is not None:
+            self._sinks.finish(ended)
+
+    def _finish_all(self, all_ended: Iterable[EndedRequest]) -> None:
+        for ended in all_ended:
+            if isinstance(ended.outcome.error, InternalError):
+                _log.error("request failed request=%s error=%s", ended.request.spec.request_id, ended.outcome.error)
+            self._sinks.finish(ended)
+
+    def _fail_unfinished(self, message: str, reason: str) -> None:
+        for request in self._scheduler.unfinished():
+            self._end(request, FinishReason.ERROR, UnavailableError(message, reason=reason))
+        self._schedule_soon()
+
+    def _end_outage(self) -> None:
+        grace_s = self._config.outage_grace_s
+        self._fail_unfinished(f"no data plane came back within {grace_s:g} s; retry later", "NO_DATA_PLANE")
+
+    def _require_connected(self) -> None:
+        if not self._scheduler.connected:
+            raise UnavailableError("no data plane is connected; retry later", reason="NO_DATA_PLANE")
+
+    def _schedule_soon(self) -> None:
+        """One schedule for everything that this turn of the event loop brings."""
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_soon(self._schedule)
+
+    def _schedule(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        now = self._clock()
+        schedule = self._scheduler.schedule(now)
+        for address, update in schedule.updates:
+            self._sessions[address].send(update)
+        self._finish_all(schedule.ended)
+        self._set_timer(now)
+
+    def _set_timer(self, now: float) -> None:
+        wakeup = self._scheduler.next_wakeup(now)
+        if wakeup == self._wakeup:
+            return
+        self._wakeup = wakeup
+        if self._timer is not None:
+            self._timer.cancel()
+        if wakeup is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wakeup - now), self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._wakeup = None
+        self._finish_all(self._scheduler.expire(self._clock()))
+        self._schedule()
+
+
+def _notify(callbacks: Iterable[Callable[[T], None]], value: T) -> None:
+    for callback in callbacks:
+        callback(value)

@@ -1,0 +1,18 @@
+"""Who runs and who waits: pure logic without I/O, time passed in. Never sees a page number, only page counts."""
+
+from controlplane.scheduling.policy import FcfsPolicy
+from controlplane.scheduling.request import Request, RequestState
+from controlplane.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
+from controlplane.scheduling.step_events import EndedRequest, SampledToken, StepEvents
+
+__all__ = [
+    "EndedRequest",
+    "FcfsPolicy",
+    "Request",
+    "RequestState",
+    "SampledToken",
+    "Schedule",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepEvents",
+]
