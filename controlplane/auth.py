@@ -39,6 +39,10 @@ def set_current_caller(caller: Caller) -> None:
     _caller.set(caller)
 
 
+class CredentialsError(Exception):
+    """The credentials file is not usable; the message says why, and names no token."""
+
+
 class Authenticator:
     """The known tokens. Only their digests are kept; finding one takes the same time whatever the token."""
 
@@ -51,7 +55,7 @@ class Authenticator:
         """Reads `{"tokens": {"<token>": {"tenant": "...", "admin": false}}}`; no path lets everybody in.
 
         Raises:
-            ValueError: the file is not of that form.
+            CredentialsError: the file is not of that form.
         """
         if path is None:
             return cls()
@@ -98,21 +102,24 @@ def _digest(token: str) -> bytes:
 
 
 def _parse_credentials(path: Path) -> dict[str, Caller]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CredentialsError(f"{path} is not JSON: {error}") from error
     tokens = content.get("tokens") if isinstance(content, dict) else None
     if not isinstance(tokens, dict) or not tokens:
-        raise ValueError(
+        raise CredentialsError(
             f'{path}: expected {{"tokens": {{"<token>": {{"tenant": "...", "admin": false}}}}}} with one token or more'
         )
     callers: dict[str, Caller] = {}
     for number, (token, entry) in enumerate(tokens.items(), start=1):
         # Messages name a token by its place in the file, never by itself.
         if not token or token != token.strip():
-            raise ValueError(f"{path}: token {number} is empty or has spaces around it")
+            raise CredentialsError(f"{path}: token {number} is empty or has spaces around it")
         tenant = entry.get("tenant") if isinstance(entry, dict) else None
         is_admin = entry.get("admin", False) if isinstance(entry, dict) else None
         if not isinstance(tenant, str) or not tenant or not isinstance(is_admin, bool) or set(entry) - {"tenant", "admin"}:
-            raise ValueError(
+            raise CredentialsError(
                 f'{path}: token {number} must have "tenant" (a text) and may have "admin" (true or false), nothing else'
             )
         callers[token] = Caller(tenant, is_admin)

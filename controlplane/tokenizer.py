@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from controlplane.chat_template import ChatTemplate
 from controlplane.detokenizer import Detokenizer, Vocabulary
@@ -50,12 +49,12 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: {error}") from error
         config = _read_json(model_dir / "tokenizer_config.json")
-        special_tokens = _special_tokens(config, _read_json(model_dir / "special_tokens_map.json"))
+        special_map = _read_json(model_dir / "special_tokens_map.json")
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _add_missing_tokens(tokenizer, config, special_tokens)
-        _apply_bos_and_eos(tokenizer, config, special_tokens)
         try:
+            special_tokens = _named_special_tokens(config, special_map)
+            _add_declared_tokens(tokenizer, config, special_tokens)
             vocabulary = Vocabulary(tokenizer, _decoder_types(json.loads(tokenizer.to_str())["decoder"]))
             chat_template = _chat_template(model_dir, config, special_tokens)
         except ValueError as error:
@@ -123,20 +122,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens, such as bos_token, as texts."""
-    found: dict[str, str] = {}
-    for name in _NAMED_SPECIAL_TOKENS:
-        token = config.get(name) if name in config else special_map.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found
+def _named_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
+    """Special tokens that have a name, such as bos_token."""
+    entries = {name: config.get(name) if name in config else special_map.get(name) for name in _NAMED_SPECIAL_TOKENS}
+    return {name: _special_token(entry) for name, entry in entries.items() if entry is not None}
 
 
-def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Adds what tokenizer_config.json declares and tokenizer.json lacks, as transformers does; named tokens are special."""
+def _special_token(entry: Any) -> tokenizers.AddedToken:
+    """A special token as the configuration files write it: a text, or a text with flags."""
+    if isinstance(entry, str):
+        return tokenizers.AddedToken(entry, special=True, normalized=False)
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise ValueError(f"a token must be a text or an object with a content, found {entry!r:.80}")
+    flags = {key: bool(entry.get(key, False)) for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    return tokenizers.AddedToken(entry["content"], special=True, **flags)
+
+
+def _add_declared_tokens(
+    tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, tokenizers.AddedToken]
+) -> None:
+    """Adds what tokenizer_config.json declares and tokenizer.json lacks, as transformers does; named tokens are special.
+
+    Its add_bos_token and add_eos_token are for directories without a tokenizer.json, whose post-processor decides here.
+    """
     known = set(tokenizer.get_vocab(with_added_tokens=True))
     declared = config.get("added_tokens_decoder") or {}
     for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
@@ -144,20 +152,9 @@ def _add_missing_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, An
             flags = {key: bool(entry.get(key, False)) for key in ("single_word", "lstrip", "rstrip", "special")}
             flags["normalized"] = bool(entry.get("normalized", not flags["special"]))
             tokenizer.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([token for token in special_tokens.values() if token not in added])
-
-
-def _apply_bos_and_eos(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Where the configuration says add_bos_token or add_eos_token, they replace the post-processor of tokenizer.json."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    tokenizer.post_processor = TemplateProcessing(
-        single=" ".join(f"{part}:0" for part in (bos, "$A", eos) if part),
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in sorted({*filter(None, (bos, eos))})],
-    )
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    tokenizer.add_special_tokens([*named.values(), *(_special_token(entry) for entry in extra)])
 
 
 def _decoder_types(decoder: Mapping[str, Any] | None) -> list[str]:
@@ -171,7 +168,9 @@ def _decoder_types(decoder: Mapping[str, Any] | None) -> list[str]:
     return [decoder["type"]]
 
 
-def _chat_template(model_dir: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+def _chat_template(
+    model_dir: Path, config: Mapping[str, Any], special_tokens: Mapping[str, tokenizers.AddedToken]
+) -> ChatTemplate | None:
     path = model_dir / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):
@@ -180,4 +179,4 @@ def _chat_template(model_dir: Path, config: Mapping[str, Any], special_tokens: M
         return None
     if not isinstance(source, str):
         raise ValueError(f"chat_template must be a text or a list of named texts, found {type(source).__name__}")
-    return ChatTemplate(source, special_tokens)
+    return ChatTemplate(source, {name: token.content for name, token in special_tokens.items()})

@@ -1,5 +1,7 @@
 """Laws of the stop string matcher, against a search over the whole text."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ def run(matcher: StopMatcher, pieces: list[str]) -> tuple[str, str | None]:
 
 def cut(text: str, places: list[int]) -> list[str]:
     bounds = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 @settings(deadline=None, max_examples=300)

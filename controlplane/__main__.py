@@ -1,0 +1,61 @@
+"""`python -m controlplane`: runs a control plane until SIGTERM or SIGINT, then drains it. A second signal ends it at once."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from controlplane.app import serve
+from controlplane.auth import CredentialsError
+from controlplane.config import ControlPlaneConfig, parse_config
+from controlplane.errors import ServiceError
+from controlplane.registry.embedded_redis import EmbeddedRedisError
+from controlplane.registry.redis_registry import RegistryMismatchError
+from controlplane.server import ListenError
+from controlplane.tokenizer import TokenizerError
+
+# What may be wrong with the surroundings; told without a traceback.
+_START_ERRORS = (
+    CredentialsError,
+    EmbeddedRedisError,
+    ListenError,
+    OSError,
+    RegistryMismatchError,
+    ServiceError,
+    TokenizerError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until a signal; the exit status."""
+    config = parse_config(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        asyncio.run(_run(config))
+    except _START_ERRORS as error:
+        logging.getLogger(__name__).error("cannot serve: %s", error)
+        return 1
+    return 0
+
+
+async def _run(config: ControlPlaneConfig) -> None:
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    async with serve(config) as control_plane:
+        await first.wait()
+        drain = asyncio.create_task(control_plane.drain(config.drain_timeout_s))
+        at_once = asyncio.create_task(second.wait())
+        _, pending = await asyncio.wait((drain, at_once), return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
