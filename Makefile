@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Serve the example model and watch twelve voices answer in one batch.
+demo: $(STAMP)  ## Serve the example model and watch its adapters answer in one batch, side by side.
 	@$(BIN)/python -m examples.demo
 
 test: lint  ## Everything that must pass before a commit: lint, then all tests.

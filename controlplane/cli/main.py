@@ -1,7 +1,6 @@
 """The entry point of `loraplane`: the commands, the common options, and one place where failures become messages and codes."""
 
 import argparse
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from controlplane.cli import adapters, failures, generate, health, status, up
 from controlplane.cli.arguments import common_options
 from controlplane.cli.connection import DEFAULT_SERVER, ConnectionOptions
 from controlplane.cli.output import Output
+from controlplane.version import running_version
 
 Command = Callable[[argparse.Namespace, ConnectionOptions, Output], int]
 
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve many LoRA adapters of one base model, and talk to a running service.",
         parents=[common],
     )
-    parser.add_argument("--version", action="version", version=f"loraplane {_version()}")
+    parser.add_argument("--version", action="version", version=f"loraplane {running_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (up, generate, adapters, status, health):
         module.add_command(commands, common)
@@ -55,13 +55,6 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.
         return 0
     except KeyboardInterrupt:
         return failures.EXIT_INTERRUPTED
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("loraplane")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "(not installed)"
 
 
 if __name__ == "__main__":
