@@ -3,7 +3,7 @@ is being made up for it. Knows nothing of the other data planes or of the waitin
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.messages import DataPlaneDescription
@@ -58,8 +58,9 @@ class DataPlane:
         # The last update that freed pages: starvation reported before it was applied says nothing.
         self._last_abort_sequence = self._clean_at
         self._unapplied: deque[tuple[int, int]] = deque()  # (sequence, request_key) of admissions of the base model
-        self._prefetch: tuple[str, ...] = ()
-        self._pinned: tuple[str, ...] = ()
+        # What was sent last. None at first: the data plane may still follow the lists of an earlier session.
+        self._prefetch: tuple[str, ...] | None = None
+        self._pinned: tuple[str, ...] | None = None
 
     def has_place(self, now: float) -> bool:
         """Whether one more request may join the batch. Not before the requests of an earlier session are gone."""
@@ -83,9 +84,9 @@ class DataPlane:
         """Whether the request's pages fit now."""
         return self.ledger.can_admit(request.num_tokens, request.max_num_tokens, request.spec.adapter)
 
-    def can_ever_admit(self, request: Request) -> bool:
-        """Whether the request fits when nothing else runs."""
-        return self.ledger.can_ever_admit(request.max_num_tokens, request.spec.adapter)
+    def is_needed_by(self, requests: Iterable[Request]) -> bool:
+        """Whether one of these requests could run here if others made room."""
+        return any(self.ledger.can_ever_admit(request.max_num_tokens, request.spec.adapter) for request in requests)
 
     def admit(self, request: Request, request_key: int, now: float) -> None:
         """Adds a waiting request to the running batch."""

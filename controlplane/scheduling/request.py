@@ -34,7 +34,7 @@ class Request:
     request_key: names the current admission on the wire; 0 while waiting.
     has_run: it was admitted before.
     is_started: its owner was told that it runs.
-    overtaken: how often a request ranked behind this one was admitted while this one did not fit.
+    overtaken: how often a request ranked behind this one was admitted while this one waited and did not fit.
     num_fruitless: admissions in a row that ended without a new token, by no choice of the policy.
     """
 
@@ -84,7 +84,7 @@ class Request:
     def admit(self, request_key: int, address: str, now: float) -> AdmittedRequest:
         """Moves to RUNNING and returns the request in full, as it goes to the data plane."""
         self.move(RequestState.RUNNING)
-        self.request_key, self.address, self.overtaken, self.has_run = request_key, address, 0, True
+        self.request_key, self.address, self.has_run = request_key, address, True
         self.queue_s += now - self.waiting_since
         return AdmittedRequest(
             request_key=request_key,

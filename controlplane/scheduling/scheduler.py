@@ -251,23 +251,23 @@ class Scheduler:
         while open_planes and index < len(self._waiting) and len(passed) <= self._policy.window:
             request = self._waiting[index]
             data_plane = choose(request, open_planes)
-            if data_plane is None:
-                index += 1
-                shortfall = self.check_fits(request.spec)
-                if shortfall is not None:
-                    hopeless.append((request, endings.never_fits(request, shortfall)))
-                    continue
-                passed.append(request)
-                if self._policy.is_overtaken_enough(request):
-                    open_planes = [each for each in open_planes if not each.can_ever_admit(request)]
+            if data_plane is not None:
+                self._waiting.pop(index, request)
+                data_plane.admit(request, self._next_key, now)
+                self._next_key += 1
+                for overtaken in passed:
+                    overtaken.overtaken += 1
+                kept_free = [each for each in passed if self._policy.is_overtaken_enough(each)]
+                open_planes = [each for each in open_planes if each.has_place(now) and not each.is_needed_by(kept_free)]
                 continue
-            for overtaken in passed:
-                overtaken.overtaken += 1
-            self._waiting.pop(index, request)
-            data_plane.admit(request, self._next_key, now)
-            self._next_key += 1
-            if not data_plane.has_place(now):
-                open_planes.remove(data_plane)
+            index += 1
+            shortfall = self.check_fits(request.spec)
+            if shortfall is not None:
+                hopeless.append((request, endings.never_fits(request, shortfall)))
+                continue
+            passed.append(request)
+            if self._policy.is_overtaken_enough(request):
+                open_planes = [each for each in open_planes if not each.is_needed_by([request])]
         return self._fail_all(hopeless, now)
 
     def _list_adapters(self) -> None:
