@@ -1,0 +1,129 @@
+"""Clients that leave, run out of time, stop reading or come back: their pages come free and nobody else notices."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Service, TinyModel
+
+PROMPT = (5, 6, 7, 8)
+LONG = {"max_tokens": 480, "ignore_eos": True}
+
+
+def _num_steps(service: "Service") -> int:
+    return service.control_plane.dispatcher.load().data_planes[0].num_steps
+
+
+def _kv_pages(service: "Service") -> int:
+    return service.control_plane.dispatcher.load().data_planes[0].pool.kv_pages
+
+
+async def _until(condition: Callable[[], bool], what: str) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.002)
+    assert condition(), what
+
+
+async def _leave_by_cancel(service: "Service") -> None:
+    call = service.inference.Generate(service.request("", PROMPT, **LONG), timeout=60)
+    async for _ in call:
+        if _kv_pages(service) >= 2:
+            break
+    call.cancel()
+
+
+async def _leave_by_deadline(service: "Service") -> None:
+    call = service.inference.Generate(service.request("", PROMPT, **LONG), timeout=0.3)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("leave", [_leave_by_cancel, _leave_by_deadline])
+def test_a_client_that_leaves_frees_its_pages_within_two_steps(
+    leave: "Callable[[Service], Awaitable[None]]", build_model: "Callable[..., TinyModel]", run_service: Callable[..., None]
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+
+    async def scenario(service: "Service") -> None:
+        # Somebody else keeps the engine stepping, so that steps can be counted.
+        stays = asyncio.create_task(service.generate("", (9,), **LONG))
+        await _until(lambda: _kv_pages(service) >= 1, "nobody runs")
+        await leave(service)
+        dispatcher = service.control_plane.dispatcher
+        await _until(lambda: dispatcher.load().num_running == 1, "the request was not aborted")
+        num_steps = _num_steps(service)
+        await _until(lambda: _num_steps(service) >= num_steps + 2, "the engine stopped")
+        assert _kv_pages(service) <= -(-(1 + _num_steps(service)) // 16), "pages of the client that left are still held"
+        assert len((await stays).token_ids) == LONG["max_tokens"]
+
+    run_service(model, scenario)
+
+
+def test_a_reader_that_stops_reading_harms_nobody_and_loses_nothing(
+    build_model: "Callable[..., TinyModel]", run_service: Callable[..., None]
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+
+    async def scenario(service: "Service") -> None:
+        request = service.request("", PROMPT, n=8, **LONG)
+        stalled = service.inference.Generate(request, timeout=60)
+        events = aiter(stalled)
+        assert (await anext(events)).WhichOneof("event") == "started"
+        others = [service.generate("", (9, number), max_tokens=60, ignore_eos=True) for number in range(8)]
+        answers = await asyncio.gather(*others)
+        assert all(len(answer.token_ids) == 60 for answer in answers)
+        num_tokens = 0
+        async for response in events:
+            num_tokens += len(response.chunk.token_ids)
+        assert num_tokens == 8 * LONG["max_tokens"]
+
+    run_service(model, scenario)
+
+
+def test_a_request_whose_adapter_cannot_be_loaded_fails_alone(
+    build_model: "Callable[..., TinyModel]", run_service: Callable[..., None]
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+
+    async def scenario(service: "Service") -> None:
+        good, bad = (await service.register_all())[:2]
+        image = next(service.store_dir.glob(f"*{bad.current.version}*"))
+        damaged = bytearray(image.read_bytes())
+        damaged[-1] ^= 1
+        image.write_bytes(damaged)
+        healthy = [service.generate(name, PROMPT, max_tokens=30) for name in ("", good.name)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.generate(bad.name, PROMPT, max_tokens=30)
+        assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        assert all(answer.token_ids for answer in await asyncio.gather(*healthy))
+
+    run_service(model, scenario)
+
+
+def test_streams_go_on_through_a_data_plane_that_restarts(
+    build_model: "Callable[..., TinyModel]", run_service: Callable[..., None]
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+
+    async def scenario(service: "Service") -> None:
+        await service.register_all()
+        requests = [
+            ((adapter, (5, 6, number)), {"max_tokens": 200, "ignore_eos": True, "temperature": 1.0, "seed": number})
+            for number, adapter in enumerate(("", *model.adapters))
+        ]
+        undisturbed = await service.generate_each(requests)
+        running = asyncio.create_task(service.generate_each(requests))
+        await _until(lambda: _kv_pages(service) >= 10, "the requests did not get going")
+        await service.data_planes[0].stop()
+        await service.data_planes[0].start()
+        disturbed = await running
+        assert [answer.token_ids for answer in disturbed] == [answer.token_ids for answer in undisturbed]
+
+    run_service(model, scenario)
