@@ -351,7 +351,9 @@ def test_an_exception_in_a_step_ends_the_service(make_world: MakeWorld, admit: A
 
 @st.composite
 def _requests(draw: st.DrawFn) -> list[tuple[list[int], int, str]]:
-    one = st.tuples(st.lists(st.integers(0, 99), min_size=1, max_size=25), st.integers(1, 12), st.sampled_from(["", "a", "bb", "ccc"]))
+    one = st.tuples(
+        st.lists(st.integers(0, 99), min_size=1, max_size=25), st.integers(1, 12), st.sampled_from(["", "a", "bb", "ccc"])
+    )
     return draw(st.lists(one, min_size=2, max_size=8))
 
 

@@ -1,5 +1,7 @@
 """When a request ends, and what phase it is in."""
 
+from typing import Any
+
 import pytest
 
 from dataplane.request_state import RequestPhase, RequestState
@@ -8,9 +10,9 @@ from protos.planes import AdmittedRequest, EngineFinishReason, EngineSampling
 EOS = (7, 8)
 
 
-def _after(output: list[int], max_model_len: int = 100, **sampling: object) -> EngineFinishReason | None:
+def _after(output: list[int], max_model_len: int = 100, **sampling: Any) -> EngineFinishReason | None:
     """Why a request with a prompt of 3 tokens ends after the last of these, when it came that far."""
-    params = EngineSampling(**{"max_tokens": 50, **sampling})  # type: ignore[arg-type]  # whatever the test wants to set
+    params = EngineSampling(**{"max_tokens": 50, **sampling})
     request = RequestState(AdmittedRequest(1, "r", (1, 2, 3), 0, "", params), 0.0)
     for token_id in output:
         request.num_computed_tokens = len(request.token_ids)
@@ -34,7 +36,7 @@ def _after(output: list[int], max_model_len: int = 100, **sampling: object) -> E
         ([4, 4, 7], {"max_tokens": 3}, EngineFinishReason.EOS),
     ],
 )
-def test_finish_reason(output: list[int], sampling: dict[str, object], reason: EngineFinishReason | None) -> None:
+def test_finish_reason(output: list[int], sampling: dict[str, Any], reason: EngineFinishReason | None) -> None:
     assert _after(output, **sampling) is reason
 
 
@@ -47,11 +49,12 @@ def test_output_of_an_earlier_admission_counts_and_is_prefilled() -> None:
     admitted = AdmittedRequest(1, "r", (1, 2, 3, 4, 5), 2, "", EngineSampling(max_tokens=3))
     request = RequestState(admitted, 0.0)
     assert (request.num_prompt_tokens, request.num_output_tokens) == (3, 2)
-    request.num_computed_tokens = 4
-    assert request.phase is RequestPhase.PREFILL
-    request.num_computed_tokens = 5
+    phases = []
+    for num_computed in (4, 5):
+        request.num_computed_tokens = num_computed
+        phases.append(request.phase)
+    assert phases == [RequestPhase.PREFILL, RequestPhase.DECODE]
     request.append(6)
-    assert request.phase is RequestPhase.DECODE
     assert request.finish_reason(EOS, 100) is EngineFinishReason.LENGTH
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,39 +13,18 @@ from dataplane.residency import Readiness
 from protos.planes import AdapterPlace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.dataplane.conftest import EngineWorld
-
-
-@pytest.fixture
-def make_world(make_world: type[EngineWorld]) -> Iterator[type[ResidencyWorld]]:
-    """Worlds whose books are checked at the end of the test."""
-    made: list[ResidencyWorld] = []
-
-    class Checked(ResidencyWorld):
-        def __init__(self, num_pages: int, **options: object) -> None:
-            super().__init__(make_world, num_pages, options)
-            made.append(self)
-
-    yield Checked
-    for world in made:
-        world.pool.check_integrity()
-        world.residency.check_integrity()
 
 
 class ResidencyWorld:
     """Residency with fakes around it. Adapters take as many pages as their name is long."""
 
-    def __init__(self, make: type[EngineWorld], num_pages: int, options: dict[str, object]) -> None:
-        world = make(num_pages=num_pages, image_pages=len, **options)  # type: ignore[arg-type]  # what the test wants to set
-        self.pool, self.host, self.residency, self.clock, self._inbox = (
-            world.pool,
-            world.host,
-            world.residency,
-            world.clock,
-            world.inbox,
-        )
+    def __init__(self, world: EngineWorld) -> None:
+        self.pool = world.pool
+        self.host = world.host
+        self.residency = world.residency
+        self.clock = world.clock
+        self._inbox = world.inbox
 
     def settle(self) -> None:
         """Handles what other threads sent."""
@@ -82,7 +62,23 @@ class ResidencyWorld:
         return places.get(digest, AdapterPlace.NONE)
 
 
-MakeWorld = type[ResidencyWorld]
+MakeWorld = Callable[..., ResidencyWorld]
+
+
+@pytest.fixture
+def make_world(make_world: type[EngineWorld]) -> Iterator[MakeWorld]:
+    """Makes worlds whose books are checked at the end of the test."""
+    made: list[ResidencyWorld] = []
+
+    def make(num_pages: int, **options: Any) -> ResidencyWorld:
+        world = make_world(num_pages=num_pages, image_pages=len, **options)
+        made.append(ResidencyWorld(world))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.pool.check_integrity()
+        world.residency.check_integrity()
 
 
 def test_a_move_that_the_table_does_not_name_is_a_bug() -> None:
@@ -241,7 +237,7 @@ def test_a_prefetch_that_fails_is_told_and_not_tried_again_while_listed(make_wor
     world.prefetch("bad")
     world.prefetch("bad", "a")
     assert world.host.num_fetches == 2
-    assert [(e.digest, e.place, e.error) for e in world.residency.take_events()][0] == ("bad", AdapterPlace.FAILED, "truncated")
+    assert next((e.digest, e.place, e.error) for e in world.residency.take_events()) == ("bad", AdapterPlace.FAILED, "truncated")
 
 
 def test_an_image_that_the_host_cache_dropped_still_reaches_its_request(make_world: MakeWorld) -> None:

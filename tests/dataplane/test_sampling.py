@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from protos.planes import EngineSampling
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -3.0]
 
 
-def _row(prompt: Sequence[int] = (1,), output: Sequence[int] = (), **sampling: object) -> SamplingRow:
-    params = EngineSampling(**{"max_tokens": 100, **sampling})  # type: ignore[arg-type]  # whatever the test wants to set
+def _row(prompt: Sequence[int] = (1,), output: Sequence[int] = (), **sampling: Any) -> SamplingRow:
+    params = EngineSampling(**{"max_tokens": 100, **sampling})
     return SamplingRow(params, (*prompt, *output), len(prompt))
 
 
@@ -24,7 +25,7 @@ def _choose(logits: Sequence[float], row: SamplingRow, eos: Sequence[int] = ()) 
     return sampled.token_id
 
 
-def _counts(num_draws: int, **sampling: object) -> list[int]:
+def _counts(num_draws: int, **sampling: Any) -> list[int]:
     """How often each token is drawn at as many different positions."""
     rows = [_row(prompt=[0] * (1 + i), temperature=1.0, seed=99, **sampling) for i in range(num_draws)]
     tokens = [s.token_id for s in sample(torch.tensor([LOGITS] * num_draws), rows, ())]

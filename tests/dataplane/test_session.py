@@ -1,0 +1,89 @@
+"""The bridge between the engine's thread and the event loop."""
+
+import asyncio
+import threading
+
+import pytest
+
+from dataplane.inbox import SessionEnd
+from dataplane.session import MAX_WAITING_REPORTS, MAX_WAITING_UPDATES, Session, SessionEndedError
+from protos.planes import StepReport
+
+
+def test_reports_of_another_thread_arrive_in_order() -> None:
+    async def run() -> list[int]:
+        room = threading.Event()
+        session = Session("s", on_room=room.set)
+
+        def produce() -> None:
+            for sequence in range(1000):
+                while not session.has_room():
+                    room.wait()
+                    room.clear()
+                session.send(StepReport(sequence, 0))
+            session.close(SessionEnd.SHUTTING_DOWN)
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        read = []
+        with pytest.raises(SessionEndedError) as raised:
+            while True:
+                read.append((await session.next_report()).sequence)
+        await asyncio.to_thread(thread.join)
+        assert raised.value.end is SessionEnd.SHUTTING_DOWN
+        return read
+
+    assert asyncio.run(run()) == list(range(1000))
+
+
+def test_room_is_told_when_full_reports_are_read_and_not_before() -> None:
+    async def run() -> None:
+        told: list[int] = []
+        session = Session("s", on_room=lambda: told.append(1))
+        session.send(StepReport(0, 0))
+        await session.next_report()
+        assert told == []
+        for sequence in range(MAX_WAITING_REPORTS):
+            assert session.has_room()
+            session.send(StepReport(sequence, 0))
+        assert not session.has_room()
+        await session.next_report()
+        assert told == [1]
+        assert session.has_room()
+
+    asyncio.run(run())
+
+
+def test_the_first_reason_for_the_end_counts() -> None:
+    async def run() -> None:
+        session = Session("s", on_room=lambda: None)
+        session.close(SessionEnd.TAKEN_OVER)
+        session.close(SessionEnd.CLIENT_DONE)
+        with pytest.raises(SessionEndedError) as raised:
+            await session.next_report()
+        assert raised.value.end is SessionEnd.TAKEN_OVER
+
+    asyncio.run(run())
+
+
+def test_updates_wait_until_the_engine_took_earlier_ones() -> None:
+    async def run() -> None:
+        session = Session("s", on_room=lambda: None)
+        for _ in range(MAX_WAITING_UPDATES):
+            await session.wait_for_credit()
+        waiter = asyncio.create_task(session.wait_for_credit())
+        await asyncio.sleep(0)
+        assert not waiter.done()
+        threading.Thread(target=session.update_applied).start()
+        await waiter
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_has_ended_does_not_trouble_the_engine() -> None:
+    async def make() -> Session:
+        return Session("s", on_room=lambda: None)
+
+    session = asyncio.run(make())
+    session.send(StepReport(1, 0))
+    session.close(SessionEnd.SHUTTING_DOWN)
