@@ -27,9 +27,8 @@ class NullDataPlane(pb_grpc.DataPlaneServiceServicer):
         self._news = asyncio.Event()
         self._session = ""
 
-    async def Describe(
-        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeResponse]
-    ) -> pb.DescribeResponse:
+    def describe(self) -> pb.DescribeResponse:
+        """What it says of itself."""
         config, geometry = self.engine.config, self.engine.config.geometry
         return pb.DescribeResponse(
             epoch=self.engine.epoch,
@@ -55,6 +54,11 @@ class NullDataPlane(pb_grpc.DataPlaneServiceServicer):
             max_model_len=config.max_model_len,
             max_lora_rank=geometry.max_lora_rank,
         )
+
+    async def Describe(
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeResponse]
+    ) -> pb.DescribeResponse:
+        return self.describe()
 
     async def Run(
         self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]

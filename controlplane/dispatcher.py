@@ -14,7 +14,7 @@ from typing import TypeVar
 from adapter_store.geometry import BaseGeometry
 from controlplane.data_plane_session import DataPlaneRefusedError, DataPlaneSession, SessionConfig
 from controlplane.errors import InternalError, ServiceError, UnavailableError
-from controlplane.load import data_plane_load
+from controlplane.load import adapter_residency, data_plane_load
 from controlplane.messages import (
     AdapterResidency,
     DataPlaneDescription,
@@ -28,6 +28,7 @@ from controlplane.messages import (
 from controlplane.scheduling import EndedRequest, Request, RequestState, Scheduler, SchedulerConfig, StepEvents
 from controlplane.sinks import Sinks
 from controlplane.throughput import ThroughputMeter
+from controlplane.wakeup_timer import WakeupTimer
 from protos.planes import EngineState, StepReport
 
 _log = logging.getLogger(__name__)
@@ -65,10 +66,9 @@ class Dispatcher:
         self._connected = asyncio.Event()
         self._connection_callbacks: list[Callable[[bool], None]] = []
         self._residency_callbacks: list[Callable[[str], None]] = []
-        self._wakeup: float | None = None
         self._flush: asyncio.Handle | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._outage: asyncio.TimerHandle | None = None
+        self._timer = WakeupTimer(self._wake_up)
+        self._outage = WakeupTimer(self._end_outage)
 
     async def start(self) -> None:
         """Opens the sessions; returns at once, they connect in the background."""
@@ -79,12 +79,11 @@ class Dispatcher:
         """Fails what is unfinished with UNAVAILABLE and closes the sessions."""
         self._is_draining = True
         self._fail_unfinished("the service has stopped", "STOPPED")
-        for handle in (self._flush, self._timer, self._outage):
-            if handle is not None:
-                handle.cancel()
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
-        if self._outage is not None:
-            self._outage.cancel()
+        if self._flush is not None:
+            self._flush.cancel()
+        self._timer.cancel()
+        self._outage.cancel()
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits until a data plane is connected; False if none was in time."""
@@ -161,15 +160,7 @@ class Dispatcher:
 
     def residency(self, digest: str) -> tuple[AdapterResidency, ...]:
         """Where that adapter lies, one entry per data plane that holds or fetches it or failed to."""
-        to_epoch = time.time() - self._clock()
-        found = []
-        for address, data_plane in self._scheduler.connected.items():
-            event = data_plane.adapters.get(digest)
-            if event is not None:
-                used = data_plane.adapter_last_used.get(digest)
-                last_used = used + to_epoch if used is not None else None
-                found.append(AdapterResidency(address, event.place, event.size_bytes, last_used))
-        return tuple(found)
+        return adapter_residency(digest, self._scheduler.connected, to_epoch_s=time.time() - self._clock())
 
     def set_pinned(self, digests: Sequence[str]) -> None:
         """Replaces the adapters that no data plane may evict."""
@@ -216,14 +207,8 @@ class Dispatcher:
     def on_described(self, address: str, description: DataPlaneDescription) -> None:
         """Refuses a data plane whose model is not that of the first one: a request must get the same answer from any."""
         ours = self._reference
-        if ours is None:
-            return
-        if (description.geometry, description.vocab_size, description.eos_token_ids) != (
-            ours.geometry,
-            ours.vocab_size,
-            ours.eos_token_ids,
-        ):
-            raise DataPlaneRefusedError(f"it serves another model than the rest: {description.geometry}, not {ours.geometry}")
+        if ours is not None and _model(description) != _model(ours):
+            raise DataPlaneRefusedError(f"it serves another model than the rest: {_model(description)}, not {_model(ours)}")
 
     def on_connected(self, address: str, description: DataPlaneDescription, state: EngineState) -> None:
         """Takes a data plane in."""
@@ -231,9 +216,7 @@ class Dispatcher:
         if self._reference is None:
             self._reference = description
         self._scheduler.data_plane_connected(address, description, state)
-        if self._outage is not None:
-            self._outage.cancel()
-            self._outage = None
+        self._outage.cancel()
         if not self._connected.is_set():
             self._connected.set()
             _notify(self._connection_callbacks, True)
@@ -257,7 +240,7 @@ class Dispatcher:
         self._finish_all(self._scheduler.data_plane_lost(address, self._clock()))
         if not self._scheduler.connected:
             self._connected.clear()
-            self._outage = asyncio.get_running_loop().call_later(self._config.outage_grace_s, self._end_outage)
+            self._outage.set(self._config.outage_grace_s, now=0.0)
             _notify(self._connection_callbacks, False)
         for digest in lost_adapters:
             _notify(self._residency_callbacks, digest)
@@ -319,22 +302,16 @@ class Dispatcher:
         for address, update in schedule.updates:
             self._sessions[address].send(update)
         self._finish_all(schedule.ended)
-        self._set_timer(now)
-
-    def _set_timer(self, now: float) -> None:
-        wakeup = self._scheduler.next_wakeup(now)
-        if wakeup == self._wakeup:
-            return
-        self._wakeup = wakeup
-        if self._timer is not None:
-            self._timer.cancel()
-        if wakeup is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, wakeup - now), self._wake_up)
+        self._timer.set(self._scheduler.next_wakeup(now), now)
 
     def _wake_up(self) -> None:
-        self._wakeup = None
         self._finish_all(self._scheduler.expire(self._clock()))
         self._schedule()
+
+
+def _model(description: DataPlaneDescription) -> tuple[object, ...]:
+    """What all data planes must agree on."""
+    return (description.geometry, description.vocab_size, description.eos_token_ids)
 
 
 def _notify(callbacks: Iterable[Callable[[T], None]], value: T) -> None:

@@ -1,6 +1,8 @@
-"""How busy one data plane is, in the form in which the service reports it."""
+"""How busy a data plane is and what lies in it, in the form in which the service reports it."""
 
-from controlplane.messages import DataPlaneDescription, DataPlaneLoad, ResidentAdapter
+from collections.abc import Mapping
+
+from controlplane.messages import AdapterResidency, DataPlaneDescription, DataPlaneLoad, ResidentAdapter
 from controlplane.scheduling.data_plane import DataPlane
 from protos.planes import AdapterPlace
 
@@ -25,3 +27,15 @@ def data_plane_load(address: str, description: DataPlaneDescription | None, data
         last_step_s=data_plane.last_step_s,
         num_preemptions=data_plane.num_preemptions,
     )
+
+
+def adapter_residency(digest: str, data_planes: Mapping[str, DataPlane], to_epoch_s: float) -> tuple[AdapterResidency, ...]:
+    """Where an adapter lies. to_epoch_s: what makes a time of the scheduler one since the Unix epoch."""
+    found = []
+    for address, data_plane in data_planes.items():
+        event = data_plane.adapters.get(digest)
+        if event is not None:
+            used = data_plane.adapter_last_used.get(digest)
+            last_used = used + to_epoch_s if used is not None else None
+            found.append(AdapterResidency(address, event.place, event.size_bytes, last_used))
+    return tuple(found)

@@ -57,6 +57,11 @@ class OutputStream(Generic[Event]):
         """Whether close() or fail() was called."""
         return self._is_closed
 
+    @property
+    def num_unread(self) -> int:
+        """Chunks and events that the reader has not taken."""
+        return len(self._unread)
+
     def push(self, choice_index: int, token_ids: Sequence[int], text: str, logprobs: Sequence[StepLogprobs] = ()) -> None:
         """Adds new tokens of a choice, merged into its last unread chunk. Never blocks; nothing once closed."""
         if self._is_closed:
