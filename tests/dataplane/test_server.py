@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapter_store.image_store import ImageStore
 from adapter_store.peft_import import import_peft
 from dataplane.assembly import DataPlaneError, load_data_plane
-from dataplane.config import DataPlaneConfig
+from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import load_model_config
 from dataplane.server import SERVICE_NAME, DataPlaneServer, ListenError
@@ -193,12 +193,15 @@ def test_describe_tells_model_geometry_and_limits(served: Served) -> None:
     assert described.epoch != 0
 
 
-def test_one_mixed_batch_answers_as_transformers_and_peft_do(served: Served) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_mixed_batch_answers_as_transformers_and_peft_do(served: Served, device: str) -> None:
     """Base and adapters of different ranks and modules together, in chunks of a small budget, through a small pool."""
+    # On a GPU the pool is sized from what is free, so that the run that measures it is tested too.
+    config = served.config if device == "cpu" else replace(served.config, device=device, num_pages=None)
     prompts = {"": [5, 9, 17], "attention": list(range(3, 40)), "all": [7, 7, 30], "mixed": list(range(90, 70, -1))}
 
     async def run() -> tuple[dict[int, list[int]], Control]:
-        async with _serve(served.config) as channel:
+        async with _serve(config) as channel:
             control = await Control.open(channel)
             admits = [_admit(i, p, 24, served.digests.get(name, "")) for i, (name, p) in enumerate(prompts.items())]
             await control.update(admit=tuple(admits))
@@ -392,8 +395,6 @@ def test_limits_that_cannot_be_kept_are_refused_with_the_numbers(served: Served,
 
 
 def test_random_weights_serve_too(served: Served) -> None:
-    from dataplane.config import LoadFormat
-
     async def run() -> dict[int, list[int]]:
         async with _serve(replace(served.config, load_format=LoadFormat.DUMMY)) as channel:
             control = await Control.open(channel)
