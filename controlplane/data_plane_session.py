@@ -62,12 +62,17 @@ class SessionListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """Times of a session. Attempts go on for ever, at least `backoff_min_s` apart, doubling up to `backoff_max_s`."""
+    """Times of a session. Attempts go on for ever, `backoff_min_s` apart at first, doubling up to `backoff_max_s`.
+
+    Only a session that lasted `stable_s` starts the backoff anew: a data plane that dies at once, or that another control
+    plane takes over each time, is not asked again and again.
+    """
 
     describe_timeout_s: float = 10.0
     hello_timeout_s: float = 30.0
     backoff_min_s: float = 0.1
     backoff_max_s: float = 5.0
+    stable_s: float = 5.0
 
 
 class DataPlaneSession:
@@ -106,16 +111,19 @@ class DataPlaneSession:
                 self._call.cancel()
 
     async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
         backoff_s = self._config.backoff_min_s
         while True:
-            was_connected = await self._attempt()
-            backoff_s = self._config.backoff_min_s if was_connected else min(2 * backoff_s, self._config.backoff_max_s)
+            started_at = loop.time()
+            await self._attempt()
+            if loop.time() - started_at >= self._config.stable_s:
+                backoff_s = self._config.backoff_min_s
             # Jitter: several control planes must not come back in step.
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+            backoff_s = min(2 * backoff_s, self._config.backoff_max_s)
 
-    async def _attempt(self) -> bool:
-        """One session from Describe to its end; returns whether it was connected."""
-        was_connected = False
+    async def _attempt(self) -> None:
+        """One session from Describe to its end."""
         try:
             async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
                 await self._run(pb_grpc.DataPlaneServiceStub(channel))
@@ -134,7 +142,6 @@ class DataPlaneSession:
             was_connected, self._is_connected, self._call = self._is_connected, False, None
             if was_connected:
                 self._listener.on_lost(self.address)
-        return was_connected
 
     async def _run(self, stub: "pb_grpc.DataPlaneServiceAsyncStub") -> None:
         response = await stub.Describe(pb.DescribeRequest(), timeout=self._config.describe_timeout_s)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from adapter_store.geometry import BaseGeometry
@@ -41,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DispatcherConfig:
-    """Bounds of the dispatcher. Requests survive `outage_grace_s` without any data plane, then fail with UNAVAILABLE."""
+    """Bounds of the dispatcher. Requests wait `outage_grace_s` for a data plane that was lost, then it is forgotten."""
 
     max_waiting: int = 1024
     outage_grace_s: float = 60.0
@@ -68,7 +69,7 @@ class Dispatcher:
         self._residency_callbacks: list[Callable[[str], None]] = []
         self._flush: asyncio.Handle | None = None
         self._timer = WakeupTimer(self._wake_up)
-        self._outage = WakeupTimer(self._end_outage)
+        self._outages = {a: WakeupTimer(partial(self._end_outage, a)) for a in self._sessions}
 
     async def start(self) -> None:
         """Opens the sessions; returns at once, they connect in the background."""
@@ -82,8 +83,8 @@ class Dispatcher:
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
         if self._flush is not None:
             self._flush.cancel()
-        self._timer.cancel()
-        self._outage.cancel()
+        for timer in (self._timer, *self._outages.values()):
+            timer.cancel()
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits until a data plane is connected; False if none was in time."""
@@ -120,10 +121,11 @@ class Dispatcher:
         """The description all data planes agree on, with the smallest max_model_len; None until one connected."""
         if self._reference is None:
             return None
-        return replace(self._reference, max_model_len=min(known.max_model_len for known in self._scheduler.known.values()))
+        known = (description.max_model_len for description in self._scheduler.known.values())
+        return replace(self._reference, max_model_len=min(known, default=self._reference.max_model_len))
 
     def pool_pages(self) -> int:
-        """Pages of the smallest known pool; 0 until a data plane connected for the first time."""
+        """Pages of the smallest known pool; 0 while no data plane is known."""
         return min((known.num_pages for known in self._scheduler.known.values()), default=0)
 
     def check_fits(self, spec: RequestSpec) -> DoesNotFit | None:
@@ -216,7 +218,7 @@ class Dispatcher:
         if self._reference is None:
             self._reference = description
         self._scheduler.data_plane_connected(address, description, state)
-        self._outage.cancel()
+        self._outages[address].cancel()
         if not self._connected.is_set():
             self._connected.set()
             _notify(self._connection_callbacks, True)
@@ -238,9 +240,10 @@ class Dispatcher:
         data_plane = self._scheduler.connected.get(address)
         lost_adapters = list(data_plane.adapters) if data_plane is not None else []
         self._finish_all(self._scheduler.data_plane_lost(address, self._clock()))
+        now = self._clock()
+        self._outages[address].set(now + self._config.outage_grace_s, now)
         if not self._scheduler.connected:
             self._connected.clear()
-            self._outage.set(self._config.outage_grace_s, now=0.0)
             _notify(self._connection_callbacks, False)
         for digest in lost_adapters:
             _notify(self._residency_callbacks, digest)
@@ -280,9 +283,14 @@ class Dispatcher:
             self._end(request, FinishReason.ERROR, UnavailableError(message, reason=reason))
         self._schedule_soon()
 
-    def _end_outage(self) -> None:
-        grace_s = self._config.outage_grace_s
-        self._fail_unfinished(f"no data plane came back within {grace_s:g} s; retry later", "NO_DATA_PLANE")
+    def _end_outage(self, address: str) -> None:
+        """What only this data plane could run is given up; everything, if no other one is known."""
+        _log.warning("data plane forgotten address=%s outage_grace_s=%g", address, self._config.outage_grace_s)
+        self._scheduler.forget_data_plane(address)
+        if not self._scheduler.known:
+            message = f"no data plane came back within {self._config.outage_grace_s:g} s; retry later"
+            self._fail_unfinished(message, "NO_DATA_PLANE")
+        self._schedule_soon()
 
     def _require_connected(self) -> None:
         if not self._scheduler.connected:

@@ -14,6 +14,11 @@ class Deadlines:
         self._heap: list[tuple[float, int, Request]] = []
         self._compact_at = _COMPACT_AT
 
+    @property
+    def num_watched(self) -> int:
+        """Entries, those out of date included."""
+        return len(self._heap)
+
     def watch(self, request: Request) -> None:
         """Watches a request's next deadline, if it has one."""
         deadline = request.next_deadline

@@ -73,7 +73,7 @@ class Scheduler:
 
     @property
     def known(self) -> Mapping[str, DataPlaneDescription]:
-        """The latest description of every data plane that ever connected."""
+        """The latest description of every data plane that connected and was not forgotten."""
         return self._known
 
     def unfinished(self) -> list[Request]:
@@ -159,6 +159,11 @@ class Scheduler:
         self._listed_version = (-1, -1)
         put_back = [self._put_back(request, now, is_fruitless=True) for request in data_plane.running.values()]
         return self._give_up_fruitless(put_back, "the data plane was lost each time", now)
+
+    def forget_data_plane(self, address: str) -> None:
+        """A lost data plane is not waited for any more."""
+        assert address not in self._connected, f"{address} is connected"
+        self._known.pop(address, None)
 
     def update_from_report(self, address: str, report: StepReport, now: float) -> StepEvents:
         """Books what a step did and returns what it means for requests."""

@@ -172,6 +172,23 @@ def test_a_session_that_is_taken_over_comes_back_with_what_is_held(address: str)
     asyncio.run(play())
 
 
+def test_control_planes_that_take_over_from_each_other_do_so_less_and_less_often(address: str) -> None:
+    async def play() -> None:
+        rivals = [Listener(), Listener()]
+        config = replace(QUICK, backoff_min_s=0.01, backoff_max_s=60.0)
+        async with serve(address, NullConfig()):
+            sessions = [DataPlaneSession(address, rival, config) for rival in rivals]
+            for session in sessions:
+                session.start()
+            await asyncio.sleep(0.5)
+            # Twice in 0.01 + 0.02 + 0.04 + ... seconds at most, and half of that with the jitter.
+            assert max(rival.count("connected") for rival in rivals) <= 8
+            for session in sessions:
+                await session.close()
+
+    asyncio.run(play())
+
+
 STATE = EngineState(5)
 
 

@@ -230,6 +230,20 @@ def test_a_request_whose_data_plane_dies_each_time_is_given_up(spec: MakeSpec, h
     assert "after 3 attempts" in str(error)
 
 
+def test_what_only_a_forgotten_data_plane_could_run_is_refused(spec: MakeSpec, harness: MakeHarness) -> None:
+    world = harness([NullConfig(num_pages=8), NullConfig(num_pages=4)])
+    large, small = world.submit(spec(prompt_tokens=64, max_tokens=64)), world.submit(spec(seed=1))
+    world.lose(0)
+    for _ in range(20):
+        world.turn()
+    assert large not in world.ended
+    world.scheduler.forget_data_plane("dp0")
+    world.schedule()
+    assert isinstance(world.ended[large].outcome.error, ResourceExhaustedError)
+    world.run()
+    assert world.tokens[small] == world.expected(small)
+
+
 def test_requests_go_to_the_least_loaded_data_plane(spec: MakeSpec, harness: MakeHarness) -> None:
     world = harness([NullConfig(max_num_seqs=8), NullConfig(max_num_seqs=8)])
     requests = [world.submit(spec(seed=n)) for n in range(8)]
