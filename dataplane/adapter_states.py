@@ -44,6 +44,16 @@ PLACES = {
     AdapterState.FAILED: AdapterPlace.FAILED,
 }
 
+
+class Readiness(Enum):
+    """Whether a request can be computed, as far as its adapter goes."""
+
+    READY = auto()
+    LOADING = auto()
+    # Its image is here but no page is free for it.
+    STARVED = auto()
+
+
 # A use counts half as much after this time.
 HEAT_HALF_LIFE_S = 30.0
 

@@ -1,6 +1,7 @@
 """The engine: the standing set of requests and the loop that computes it, step after step, in one thread.
 
 Everything else sends it messages (inbox.py). It knows token ids, pages and digests; no text, no tenant, no tensor.
+Longer than most files here: what one turn does, and in which order, should be read in one place.
 """
 
 import logging
@@ -271,7 +272,8 @@ class Engine:
         """Frees everything that a session left behind and nobody claimed within the grace period."""
         if self._orphaned_at is None or self._clock() < self._orphaned_at + self._orphan_grace_s:
             return
-        _log.warning("orphans dropped requests=%d", len(self._standing))
+        if self._standing:
+            _log.warning("orphans dropped requests=%d", len(self._standing))
         self._orphaned_at = None
         self._drop_all()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-from dataplane.residency import FetchResult
+from dataplane.host_images import FetchResult
 from protos.planes import BatchUpdate, StepReport
 
 

@@ -1,50 +1,24 @@
 """Which adapters are where on this data plane: fetches, copies into pages, reference counts, prefetch and eviction.
 
 Owns the entries and the adapters' pages; knows nothing of requests beyond counts. Only the engine's thread calls it.
+Longer than most files here: every way in and out of the device must keep the same books.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum, auto
 from itertools import chain
-from typing import Protocol
 
 from adapter_store.image import AdapterImage
 from dataplane.adapter_copy import AdapterCopier
-from dataplane.adapter_states import PLACES, AdapterEntry, AdapterState
+from dataplane.adapter_states import PLACES, AdapterEntry, AdapterState, Readiness
+from dataplane.host_images import FetchResult, HostImages
+from dataplane.idle_adapters import IdleAdapters, eviction_order
 from dataplane.page_pool import PageKind, PagePool
 from kernels.lora import LoraAdapter
 from protos.planes import AdapterEvent
 
 # Reads of the store at once that no admitted request waits for.
 MAX_PREFETCH_FETCHES = 4
-
-FetchResult = AdapterImage | Exception
-
-
-class HostImages(Protocol):
-    """The host cache as residency sees it."""
-
-    def fetch(self, digest: str, on_done: Callable[[str, FetchResult], None]) -> None:
-        """Brings an image into host memory, then calls on_done once, from any thread."""
-        ...
-
-    def get(self, digest: str) -> AdapterImage | None:
-        """The image if it is in host memory."""
-        ...
-
-    def digests(self) -> tuple[str, ...]:
-        """All that is in host memory."""
-        ...
-
-
-class Readiness(Enum):
-    """Whether a request can be computed, as far as its adapter goes."""
-
-    READY = auto()
-    LOADING = auto()
-    # Its image is here but no page is free for it.
-    STARVED = auto()
 
 
 class Residency:
@@ -65,9 +39,7 @@ class Residency:
         self._on_fetched = on_fetched
         self._clock = clock
         self._entries: dict[str, AdapterEntry] = {}
-        # Those whose pages can be taken at once: on the device, without a reference, not pinned.
-        self._idle: dict[str, AdapterEntry] = {}
-        self._num_idle_pages = 0
+        self._idle = IdleAdapters()
         self._copying: dict[str, AdapterEntry] = {}
         self._prefetch: tuple[str, ...] = ()
         self._pinned: dict[str, None] = {}
@@ -78,7 +50,7 @@ class Residency:
     @property
     def num_idle_pages(self) -> int:
         """Pages that `reclaim` can give free."""
-        return self._num_idle_pages
+        return self._idle.num_pages
 
     def acquire(self, digest: str) -> None:
         """A request needs this adapter: it is fetched if need be, and not evicted until as many releases."""
@@ -118,10 +90,10 @@ class Residency:
 
     def reclaim(self, num_pages: int) -> bool:
         """Evicts idle adapters until that many pages are free; evicts none if it would not suffice."""
-        if self._pool.num_free + self._num_idle_pages < num_pages:
+        if self._pool.num_free + self._idle.num_pages < num_pages:
             return False
         if self._pool.num_free < num_pages:
-            self._evict_until(num_pages, self._idle.values())
+            self._evict_until(num_pages, self._idle)
         return True
 
     def set_prefetch(self, digests: Sequence[str]) -> None:
@@ -213,8 +185,9 @@ class Residency:
         held = sum(len(entry.pages) for entry in self._entries.values())
         assert held == self._pool.num_held(PageKind.ADAPTER), "adapter pages of the entries and of the pool differ"
         idle = {digest for digest, entry in self._entries.items() if self._is_idle(entry)}
-        assert idle == self._idle.keys(), f"idle adapters are {idle}, counted {self._idle.keys()}"
-        assert sum(len(entry.pages) for entry in self._idle.values()) == self._num_idle_pages
+        counted = {entry.digest for entry in self._idle}
+        assert idle == counted, f"idle adapters are {idle}, counted {counted}"
+        assert sum(len(entry.pages) for entry in self._idle) == self._idle.num_pages
         for digest, entry in self._entries.items():
             on_device = entry.state in (AdapterState.COPYING, AdapterState.DEVICE)
             assert on_device == bool(entry.pages), f"adapter {digest} is {entry.state.name} with {len(entry.pages)} pages"
@@ -232,7 +205,7 @@ class Residency:
     def _activate_ahead(self, entry: AdapterEntry, image: AdapterImage, num_reserved_pages: int) -> bool:
         """Activates an adapter that nobody waits for yet, from room that nobody else wants."""
         wanted = {*self._prefetch, *self._pinned}
-        spare = [idle for digest, idle in self._idle.items() if digest not in wanted]
+        spare = self._idle.others(wanted)
         num_needed = image.num_pages + num_reserved_pages
         if self._pool.num_free + sum(len(idle.pages) for idle in spare) < num_needed:
             return False
@@ -259,15 +232,9 @@ class Residency:
         self._move(entry, AdapterState.DEVICE)
 
     def _evict_until(self, num_free_pages: int, candidates: Iterable[AdapterEntry]) -> None:
-        """Evicts first what is not wanted soon, then what is wanted latest; among equals the lowest score."""
-        soonness = {digest: len(self._prefetch) - i for i, digest in enumerate(self._prefetch)}
+        """Evicts candidates, the least worth keeping first."""
         on_host = frozenset(self._host.digests())
-        now = self._clock()
-
-        def keep(entry: AdapterEntry) -> tuple[int, float]:
-            return soonness.get(entry.digest, 0), entry.score(now, entry.digest in on_host)
-
-        for entry in sorted(candidates, key=keep):
+        for entry in eviction_order(candidates, self._prefetch, on_host, self._clock()):
             if self._pool.num_free >= num_free_pages:
                 return
             self._evict(entry)
@@ -280,8 +247,7 @@ class Residency:
             entry.copy.wait()
             self._complete_copy(entry)
         self._pool.free(entry.pages, entry.owner)
-        del self._idle[entry.digest]
-        self._num_idle_pages -= len(entry.pages)
+        self._idle.update(entry, is_idle=False)
         entry.pages = ()
         entry.copy = None
         is_on_host = self._host.get(entry.digest) is not None
@@ -304,13 +270,7 @@ class Residency:
         return bool(entry.pages) and entry.num_references == 0 and entry.digest not in self._pinned
 
     def _update_idle(self, entry: AdapterEntry) -> None:
-        is_idle, was_idle = self._is_idle(entry), entry.digest in self._idle
-        if is_idle and not was_idle:
-            self._idle[entry.digest] = entry
-            self._num_idle_pages += len(entry.pages)
-        elif was_idle and not is_idle:
-            del self._idle[entry.digest]
-            self._num_idle_pages -= len(entry.pages)
+        self._idle.update(entry, self._is_idle(entry))
 
     def _move(self, entry: AdapterEntry, state: AdapterState) -> None:
         before = PLACES[entry.state]

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from dataplane.adapter_states import Readiness
 from dataplane.page_pool import PagePool
 from dataplane.request_state import RequestPhase, RequestState
-from dataplane.residency import Readiness
 
 
 class AdapterAccess(Protocol):

@@ -16,9 +16,10 @@ import torch
 from adapter_store.image import AdapterImage, ImageHeader
 from dataplane.admission import EngineLimits
 from dataplane.engine import Engine
+from dataplane.host_images import FetchResult
 from dataplane.inbox import Inbox, SessionEnd, SessionLost, SessionOpened, UpdateReceived
 from dataplane.page_pool import PagePool
-from dataplane.residency import FetchResult, Residency
+from dataplane.residency import Residency
 from dataplane.sampling import SampledToken
 from dataplane.step_packer import ScheduledChunk
 from kernels.lora import LoraAdapter, LoraRows

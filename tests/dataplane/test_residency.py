@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dataplane.adapter_states import ALLOWED_MOVES, HEAT_HALF_LIFE_S, AdapterEntry, AdapterState
+from dataplane.adapter_states import ALLOWED_MOVES, HEAT_HALF_LIFE_S, AdapterEntry, AdapterState, Readiness
 from dataplane.inbox import AdapterFetched, HostImageEvicted
-from dataplane.residency import Readiness
 from protos.planes import AdapterPlace
 
 if TYPE_CHECKING:

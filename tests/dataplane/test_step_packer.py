@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataplane.adapter_states import Readiness
 from dataplane.page_pool import PageKind, PageOwner, PagePool
 from dataplane.request_state import RequestPhase, RequestState
-from dataplane.residency import Readiness
 from dataplane.step_packer import PackedStep, StepPacker
 from protos.planes import AdmittedRequest, EngineSampling
 
