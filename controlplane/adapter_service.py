@@ -140,7 +140,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         record = await self._writer.remove(request.name, request.etag, force=request.force)
         if drain_s:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._directory.drained(record.name, record.digests), drain_s)
+                async with asyncio.timeout(drain_s):
+                    await self._directory.drained(record.name, record.digests)
         return pb.UnregisterAdapterResponse(adapter=self._view.adapter(record))
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: _Context) -> pb.PinAdapterResponse:
@@ -207,7 +208,8 @@ async def _receive(requests: AsyncIterator[pb.UploadAdapterRequest], upload: Upl
     """Writes the parts of an upload as they come."""
     while True:
         try:
-            part = await asyncio.wait_for(anext(requests, None), UPLOAD_IDLE_S)
+            async with asyncio.timeout(UPLOAD_IDLE_S):
+                part = await anext(requests, None)
         except TimeoutError:
             raise DeadlineError(f"nothing came for {UPLOAD_IDLE_S:g} s; the upload is dropped", reason="UPLOAD_IDLE") from None
         if part is None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 
 from controlplane.errors import OutOfRangeError, UnavailableError
+from controlplane.registry.background_task import end_task
 from controlplane.registry.directory import AdapterDirectory
 from controlplane.registry.redis_registry import ChangeFeed, RedisRegistry, RegistryMismatchError
 
@@ -41,8 +42,7 @@ class DirectorySync:
     async def close(self) -> None:
         """Stops following."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
             self._task = None
 
     async def _take_copy(self) -> None:

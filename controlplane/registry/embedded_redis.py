@@ -18,7 +18,11 @@ from types import TracebackType
 from typing import IO
 
 from redis.asyncio import Redis
-from redis.exceptions import BusyLoadingError, RedisError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from controlplane.registry.background_task import end_task
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +122,7 @@ class EmbeddedRedis:
     async def close(self) -> None:
         """Ends the server, its data safe on disk, and gives the state directory back."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await end_task(self._keeper)
             self._keeper = None
         if self._process is not None:
             await _end(self._process)
@@ -200,11 +203,11 @@ class EmbeddedRedis:
         logger.info("embedded_redis started pid=%d socket=%s", self._process.pid, self._socket)
 
     async def _wait_until_it_answers(self, process: asyncio.subprocess.Process, log_path: Path) -> None:
-        redis: Redis = Redis(unix_socket_path=str(self._socket))
+        redis = _connect(str(self._socket))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 while process.returncode is None:
-                    with suppress(RedisError, BusyLoadingError, OSError):
+                    with suppress(RedisError, OSError):
                         await redis.get("loraplane")  # not PING, which answers while the data is still being loaded
                         return
                     await asyncio.sleep(0.02)
@@ -238,15 +241,21 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             with suppress(ProcessLookupError):
                 process.send_signal(sign)
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await process.wait()
 
 
 async def _shutdown(socket: str) -> None:
     """Asks the server on a socket to leave; it closes the connection instead of answering."""
-    redis: Redis = Redis(unix_socket_path=socket, socket_timeout=STOP_TIMEOUT_S)
+    redis = _connect(socket)
     with suppress(RedisError, OSError):
         await redis.shutdown()
     await redis.aclose()
+
+
+def _connect(socket: str) -> Redis:
+    """A client that tries once."""
+    return Redis(unix_socket_path=socket, socket_timeout=STOP_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
 
 
 def _tail(path: Path) -> str:

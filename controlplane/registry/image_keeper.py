@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from adapter_store.image import AdapterImage
 from adapter_store.image_store import ImageStore
 from controlplane.errors import UnavailableError
+from controlplane.registry.background_task import end_task
 from controlplane.registry.directory import AdapterDirectory
 from controlplane.registry.records import Change, ChangeKind
 from controlplane.registry.redis_registry import RedisRegistry
@@ -61,8 +62,7 @@ class ImageKeeper:
     async def close(self) -> None:
         """Stops collecting and takes leave of the other control planes."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
             self._task = None
         with suppress(UnavailableError):
             await self._registry.leave(self._member)
@@ -121,7 +121,8 @@ class ImageKeeper:
             except OSError:
                 logger.exception("images not collected")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._heartbeat_s)
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._wake.wait()
 
     def _on_change(self, change: Change) -> None:
         if change.kind is not ChangeKind.ADDED:

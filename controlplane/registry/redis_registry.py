@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
@@ -31,6 +31,7 @@ from controlplane.registry.records import AdapterRecord, Change, ChangeKind, Rev
 
 COMMAND_TIMEOUT_S = 5.0
 OPEN_RETRY_S = 0.2
+MAX_CONNECTIONS = 16
 # Changes kept for watchers and for control planes that were away.
 DEFAULT_HISTORY = 10_000
 REQUEST_ID_TTL_S = 24 * 3600
@@ -58,11 +59,18 @@ class RedisRegistry:
         self.url = url
         self._prefix = prefix
         self._history = history
-        # No retries in here: a write that was sent may have been done. Callers repeat with their request_id.
-        retry = Retry(NoBackoff(), 0)
-        self._redis: Redis = Redis.from_url(
-            url, decode_responses=True, retry=retry, socket_timeout=COMMAND_TIMEOUT_S, socket_connect_timeout=COMMAND_TIMEOUT_S
+        # No retries in here: a write that was sent may have been done. Callers repeat with their request_id. A burst of calls
+        # waits for a connection, as long as for an answer.
+        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=COMMAND_TIMEOUT_S,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=COMMAND_TIMEOUT_S,
+            socket_connect_timeout=COMMAND_TIMEOUT_S,
         )
+        self._redis: Redis = Redis.from_pool(pool)
         self._scripts: dict[str, AsyncScript] = {}
         self.registry_id = ""
 

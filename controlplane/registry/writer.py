@@ -175,7 +175,8 @@ class RegistryWriter:
 
     async def _reached(self, revision: Revision) -> None:
         try:
-            await asyncio.wait_for(self._directory.reached(revision), SERVED_TIMEOUT_S)
+            async with asyncio.timeout(SERVED_TIMEOUT_S):
+                await self._directory.reached(revision)
         except TimeoutError:
             raise UnavailableError(
                 f"the registry took the change (revision {revision}) and went away before this control plane served it; retry",
