@@ -14,8 +14,8 @@ STAMP := $(VENV)/.loraplane-installed
 PROTOS := $(sort $(wildcard protos/loraplane/v1/*.proto))
 RUN_BUF := npx --yes --loglevel=error --package @bufbuild/buf@1.75.0 -- buf
 # $(call generate,DIR) writes the stubs under DIR.
-generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --mypy_out=$(1) \
-	--grpc_python_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=$(1) --mypy_out=quiet:$(1) \
+	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 PACKAGES := adapter_store controlplane dataplane kernels protos
 
 .PHONY: help setup demo test lint check-python check-protos check-stubs protos gpu-test clean
@@ -65,8 +65,11 @@ check-protos:
 check-stubs: $(STAMP)
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(call generate,$$out); \
-	for stub in $$(cd $$out && find . -type f); do \
-		diff -u "$$stub" "$$out/$$stub" || { echo "$$stub does not match its .proto; run: make protos" >&2; exit 1; }; done
+	ls -d protos/loraplane/v1/*_pb2* | sort >$$out/committed; \
+	(cd $$out && ls -d protos/loraplane/v1/*_pb2* | sort) >$$out/generated; \
+	diff -u $$out/committed $$out/generated && \
+	while read -r stub; do diff -u "$$stub" "$$out/$$stub" || exit 1; done <$$out/generated || { \
+		echo "stubs do not match protos/loraplane/v1; run: make protos" >&2; exit 1; }
 
 protos: $(STAMP)  ## Generate the Python stubs from protos/ again.
 	@$(call generate,.)

@@ -74,7 +74,9 @@ class Service:
             CommandError: the service did not start, or one of its processes ended by itself.
         """
         for number in _SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            # Under nohup it outlives its terminal. SIGINT is taken all the same: shells ignore it for background jobs.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         begin = time.monotonic()
         start = asyncio.create_task(self._start())
         try:
