@@ -42,9 +42,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         self._max_waiting = max_waiting
         self._max_upload_bytes = max_upload_bytes
 
-    async def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, context: "Context"
-    ) -> pb.GetServerInfoResponse:
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: "Context") -> pb.GetServerInfoResponse:
         """The base model, its limits and the versions."""
         limits = pb.Limits(max_waiting=self._max_waiting, max_upload_bytes=self._max_upload_bytes)
         info = pb.GetServerInfoResponse(version=self._version, limits=limits)

@@ -42,7 +42,13 @@ def test_unset_fields_take_the_documented_defaults() -> None:
     assert params.prompt == TextPrompt("hello")
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
-    assert (params.max_tokens, params.min_tokens, params.seed, params.num_logprobs, params.ttft_slo_s) == (None, 0, None, None, None)
+    assert (params.max_tokens, params.min_tokens, params.seed, params.num_logprobs, params.ttft_slo_s) == (
+        None,
+        0,
+        None,
+        None,
+        None,
+    )
     assert (params.num_choices, params.priority, params.ignore_eos, params.adapter) == (1, 0, False, "")
 
 
