@@ -37,7 +37,7 @@ def _image(ranks: dict[str, int], seed: int) -> AdapterImage:
 
 
 def _check_rows(pool: torch.Tensor, layer: int, rows: LoraRows, image: AdapterImage, name: str) -> None:
-    flat = pool[layer].view(-1)
+    flat = pool[layer].view(-1).cpu()
     table = image.header.modules[name]
     lora_a, lora_b_t = unpack_module(image, layer, name)
     assert (rows.rank, rows.scaling) == (table.rank, table.scaling)

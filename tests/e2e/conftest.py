@@ -284,9 +284,10 @@ class Service:
                 await asyncio.sleep(0.01)
 
 
-@pytest.fixture
-def run_service(tmp_path: Path) -> Callable[..., None]:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., None]:
     """run(model, scenario, **data_plane_options) serves the model, awaits scenario(service), and checks every pool at the end."""
+    device: str = request.param
 
     def run(
         model: TinyModel,
@@ -297,6 +298,7 @@ def run_service(tmp_path: Path) -> Callable[..., None]:
         **options: Any,
     ) -> None:
         async def main() -> None:
+            options.setdefault("device", device)
             async with _serve(tmp_path, model, num_data_planes, control_plane or {}, options) as service:
                 await scenario(service)
                 await service.wait_idle()
@@ -313,7 +315,7 @@ async def _serve(
     """Both planes over Unix sockets. The engines check their integrity when they end, and their failure fails the test."""
     store_dir = root / "state" / "images"
     store_dir.mkdir(parents=True, exist_ok=True)
-    default = DataPlaneConfig(model.base, store_dir, (), device="cpu", dtype="float32", num_pages=256, max_num_seqs=64)
+    default = DataPlaneConfig(model.base, store_dir, (), dtype="float32", num_pages=256, max_num_seqs=64)
     async with AsyncExitStack() as stack:
         data_planes, addresses = [], []
         for number in range(num_data_planes):
