@@ -84,15 +84,16 @@ async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
     authenticator = Authenticator.from_file(config.credentials)
     tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_dir)
     store = await asyncio.to_thread(ImageStore, config.store_dir, config.max_store_bytes)
-    uploads = await asyncio.to_thread(
-        UploadArea, config.upload_dir, config.max_upload_bytes, config.max_uploads, config.upload_ttl_s
-    )
     dispatcher = Dispatcher(config.data_planes, DispatcherConfig(max_waiting=config.max_waiting))
     health = HealthService(SERVICE_NAMES)
     drainer = Drainer(dispatcher, health)
     async with AsyncExitStack() as stack:
         registry_config = RegistryConfig(config.redis_dir, config.redis_url, config.key_prefix)
         registry = await stack.enter_async_context(AdapterRegistry(registry_config, store, dispatcher))
+        # After the registry, which refuses a state directory that has another owner: opening the area empties it.
+        uploads = await asyncio.to_thread(
+            UploadArea, config.upload_dir, config.max_upload_bytes, config.max_uploads, config.upload_ttl_s
+        )
         adapters = AdapterService(registry, dispatcher, uploads, config.adapter_roots)
         stack.push_async_callback(asyncio.to_thread, adapters.close)
         servicers = Servicers(

@@ -14,20 +14,13 @@ from controlplane.auth import current_caller
 from controlplane.chat_template import ChatTemplateError
 from controlplane.dispatcher import Dispatcher, RequestHandle
 from controlplane.errors import InvalidArgumentError, QueueFullError, UnavailableError
+from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, TextPrompt
 from controlplane.generate_response import ResponseWriter
 from controlplane.messages import AdapterRef, DataPlaneDescription, RequestSpec
 from controlplane.output_processor import GenerationOutput, OutputRules
 from controlplane.registry.directory import AdapterDirectory
 from controlplane.tokenizer import Tokenizer
-from controlplane.validation import (
-    ChatPrompt,
-    GenerateParams,
-    ModelLimits,
-    TextPrompt,
-    does_not_fit_error,
-    parse_generate,
-    resolve_max_tokens,
-)
+from controlplane.validation import does_not_fit_error, parse_generate, resolve_max_tokens
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc
 

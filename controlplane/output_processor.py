@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from controlplane.generate_params import OutputOptions
 from controlplane.messages import FinishReason, RequestOutcome
 from controlplane.output_stream import OutputStream
 from controlplane.stop_strings import StopMatcher
 from controlplane.tokenizer import Tokenizer
-from controlplane.validation import OutputOptions
 from protos.planes import StepLogprobs
 
 

@@ -7,12 +7,12 @@ tokenizers, adapters or load.
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from controlplane.errors import FieldViolation, InvalidArgumentError
+from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, OutputOptions, TextPrompt, TokenPrompt
 from controlplane.messages import DoesNotFit
 from protos.loraplane.v1 import inference_pb2 as pb
-from protos.planes import EngineSampling, duration_to_seconds
+from protos.planes import duration_to_seconds
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_ADAPTER_CHARS = 256
@@ -25,101 +25,11 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 16
+# Listed at once; a client that has this many wrong has read enough.
+MAX_VIOLATIONS = 64
 
 _PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]*")
 _SHOWN_CHARS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What the model allows: ids below vocab_size, at most max_model_len tokens, and characters that so many tokens can be."""
-
-    vocab_size: int
-    max_model_len: int
-    max_token_chars: int
-    can_chat: bool
-
-    @property
-    def max_prompt_chars(self) -> int:
-        """A longer text cannot be a prompt, whatever its tokens; checked before it is tokenized."""
-        return self.max_model_len * self.max_token_chars
-
-
-@dataclass(frozen=True, slots=True)
-class TextPrompt:
-    """Plain text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
-    """Token ids, used as given."""
-
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation: messages with role and content."""
-
-    messages: tuple[dict[str, str], ...]
-    add_generation_prompt: bool
-
-
-@dataclass(frozen=True, slots=True)
-class OutputOptions:
-    """What the stream should carry."""
-
-    include_stop: bool = False
-    show_special_tokens: bool = False
-    at_end: bool = False
-    token_ids_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateParams:
-    """A checked request. None: max_tokens up to the model's limit, seed drawn at random, no logprobs, no SLO."""
-
-    request_id: str
-    prompt: TextPrompt | TokenPrompt | ChatPrompt
-    adapter: str
-    max_tokens: int | None
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int | None
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    num_choices: int
-    num_logprobs: int | None
-    priority: int
-    ttft_slo_s: float | None
-    output: OutputOptions
-
-    def engine_sampling(self, max_tokens: int, seed: int) -> EngineSampling:
-        """What the engine needs of this request for one choice."""
-        return EngineSampling(
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=seed,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            num_logprobs=self.num_logprobs,
-        )
 
 
 class _Checks:
@@ -129,7 +39,7 @@ class _Checks:
         self.violations: list[FieldViolation] = []
 
     def require(self, holds: bool, field: str, description: str) -> None:
-        if not holds:
+        if not holds and len(self.violations) < MAX_VIOLATIONS:
             self.violations.append(FieldViolation(field, description))
 
     def number(self, field: str, value: float, low: float, high: float, *, above_low: bool = False) -> float:
@@ -191,7 +101,9 @@ def parse_generate(request: pb.GenerateRequest, limits: ModelLimits) -> Generate
         presence_penalty=checks.number("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=checks.number("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
         stop=tuple(sampling.stop),
-        stop_token_ids=checks.token_ids("sampling.stop_token_ids", sampling.stop_token_ids, limits.vocab_size),
+        stop_token_ids=checks.token_ids(
+            "sampling.stop_token_ids", sampling.stop_token_ids[:MAX_STOP_TOKEN_IDS], limits.vocab_size
+        ),
         ignore_eos=sampling.ignore_eos,
         num_choices=int(checks.number("sampling.n", sampling.n if sampling.HasField("n") else 1, 1, MAX_CHOICES)),
         num_logprobs=int(checks.number("logprobs", request.logprobs, 0, MAX_LOGPROBS)) if request.HasField("logprobs") else None,
@@ -289,7 +201,9 @@ def _parse_prompt(checks: _Checks, request: pb.GenerateRequest, limits: ModelLim
             "token_ids.ids",
             f"has {num_ids} tokens; the model's limit is {limits.max_model_len}, output included",
         )
-        return TokenPrompt(checks.token_ids("token_ids.ids", request.token_ids.ids, limits.vocab_size))
+        # Those of a prompt that is too long are not looked at: a message holds millions.
+        ids = request.token_ids.ids[: limits.max_model_len]
+        return TokenPrompt(checks.token_ids("token_ids.ids", ids, limits.vocab_size))
     if kind == "chat":
         return _parse_chat(checks, request.chat, limits)
     checks.require(kind is not None, "input", "is not set; give one of text, token_ids or chat")
@@ -300,8 +214,14 @@ def _parse_prompt(checks: _Checks, request: pb.GenerateRequest, limits: ModelLim
 
 def _parse_chat(checks: _Checks, chat: pb.ChatMessages, limits: ModelLimits) -> ChatPrompt:
     checks.require(limits.can_chat, "chat", "is set, but this model's tokenizer has no chat template; use text or token_ids")
-    checks.require(len(chat.messages) > 0, "chat.messages", "is empty; a conversation needs at least 1 message")
-    for index, message in enumerate(chat.messages):
+    num_messages = len(chat.messages)
+    checks.require(num_messages > 0, "chat.messages", "is empty; a conversation needs at least 1 message")
+    checks.require(
+        num_messages <= limits.max_model_len,
+        "chat.messages",
+        f"has {num_messages} messages; {limits.max_model_len} tokens, the model's limit, cannot hold more than as many",
+    )
+    for index, message in enumerate(chat.messages[: limits.max_model_len]):
         checks.require(message.role != "", f"chat.messages[{index}].role", "is empty; it must be set, such as to 'user'")
     num_chars = sum(len(message.content) + len(message.role) for message in chat.messages)
     _check_text_length(checks, "chat.messages", num_chars, limits)

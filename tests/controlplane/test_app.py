@@ -340,6 +340,21 @@ def test_a_full_queue_is_told_with_a_delay_and_harms_no_running_stream(play: Cal
     play(scenario, replace(NULL, max_num_seqs=1, step_s=0.005), max_waiting=2)
 
 
+def test_a_request_that_cannot_start_in_time_is_aborted_early(play: Callable[..., None]) -> None:
+    async def scenario(client: Client) -> None:
+        long = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=250, seed=0)))
+        while not client.null.engine.standing:
+            await asyncio.sleep(0.01)
+        slo = duration_pb2.Duration(nanos=50_000_000)
+        code, _, details = await refused(client.generate(text="x", ttft_slo=slo))
+        assert code is grpc.StatusCode.ABORTED
+        assert details["ErrorInfo"].reason == "SLO_EARLY_ABORT"
+        assert "RetryInfo" in details
+        long.cancel()
+
+    play(scenario, replace(NULL, max_num_seqs=1, step_s=0.02))
+
+
 async def _raise(error: BaseException) -> None:
     raise error
 
@@ -538,6 +553,8 @@ def test_a_registered_adapter_answers_by_name_version_and_alias(play: Callable[.
             assert answer.token_ids[0] == client.expected("x", 3, 6, version)
         load = await client.system.GetLoad(system_pb2.GetLoadRequest())
         assert [(list(a.names), a.version) for a in load.data_planes[0].adapters] == [(["tiny"], version)]
+        code, _, _ = await refused(client.generate(text="x" * 300, adapter="tiny"))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert client.app.directory.num_leases(version) == 0
 
     play(scenario, adapter_roots=(root,))

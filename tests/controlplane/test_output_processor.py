@@ -11,11 +11,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from controlplane.detokenizer import Vocabulary
 from controlplane.errors import UnavailableError
+from controlplane.generate_params import OutputOptions
 from controlplane.messages import FinishReason, RequestOutcome
 from controlplane.output_processor import ChoiceEnd, ChoiceFinished, GenerationOutput, GenerationStarted, OutputRules
 from controlplane.output_stream import OutputChunk
 from controlplane.tokenizer import Tokenizer
-from controlplane.validation import OutputOptions
 from protos.planes import StepLogprobs
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -6,16 +6,9 @@ import pytest
 from google.protobuf import duration_pb2
 
 from controlplane.errors import InvalidArgumentError
+from controlplane.generate_params import ChatPrompt, ModelLimits, TextPrompt, TokenPrompt
 from controlplane.messages import DoesNotFit
-from controlplane.validation import (
-    ChatPrompt,
-    ModelLimits,
-    TextPrompt,
-    TokenPrompt,
-    does_not_fit_error,
-    parse_generate,
-    resolve_max_tokens,
-)
+from controlplane.validation import MAX_VIOLATIONS, does_not_fit_error, parse_generate, resolve_max_tokens
 from protos.loraplane.v1 import inference_pb2 as pb
 
 LIMITS = ModelLimits(vocab_size=100, max_model_len=32, max_token_chars=8, can_chat=True)
@@ -172,6 +165,15 @@ def test_many_bad_token_ids_are_counted_and_not_all_listed() -> None:
     found = violations(request(token_ids=pb.TokenIds(ids=[500] * 31)))
     assert len(found) == 9
     assert "31 ids" in found["token_ids.ids"]
+
+
+def test_a_hostile_message_costs_a_bounded_number_of_violations() -> None:
+    found = violations(request(chat=pb.ChatMessages(messages=[pb.ChatMessage()] * 10_000)))
+    assert "10000 messages" in found["chat.messages"]
+    assert len(found) <= MAX_VIOLATIONS
+    found = violations(request(token_ids=pb.TokenIds(ids=[500] * 10_000)))
+    assert "32 ids" in found["token_ids.ids"]
+    assert len(found) <= MAX_VIOLATIONS
 
 
 def test_chat_without_a_template_is_refused() -> None:
