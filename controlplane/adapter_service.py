@@ -109,9 +109,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: _Context) -> pb.ListAdaptersResponse:
         """See adapter.proto."""
-        page = list_page([self._view.adapter(record) for record in self._directory.records()], request)
+        page = list_page(self._directory.records(), request, self._view.state)
         return pb.ListAdaptersResponse(
-            adapters=page.adapters,
+            adapters=[self._view.adapter(record) for record in page.records],
             next_page_token=page.next_page_token,
             total_size=page.total_size,
             revision=str(self._directory.revision),

@@ -47,6 +47,10 @@ class AdapterView:
             residency=[_residency_to_proto(r) for r in residency if r.place in _TIERS],
         )
 
+    def state(self, record: AdapterRecord) -> pb.AdapterState.ValueType:
+        """Where an adapter is in its life."""
+        return self._state(record, self._control.residency(record.current))[0]
+
     def _state(self, record: AdapterRecord, residency: tuple[AdapterResidency, ...]) -> tuple[pb.AdapterState.ValueType, str]:
         published = self._directory.get(record.name)
         if published is None and any(self._directory.num_leases(digest, record.name) for digest in record.digests):

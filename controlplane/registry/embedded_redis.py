@@ -127,7 +127,8 @@ class EmbeddedRedis:
         if self._process is not None:
             await _end(self._process)
             self._process = None
-        self._socket.unlink(missing_ok=True) if self._socket.name else None
+        if self._socket.name:
+            self._socket.unlink(missing_ok=True)
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir = None

@@ -8,7 +8,7 @@ import logging
 from controlplane.errors import ResourceExhaustedError, UnavailableError
 from controlplane.registry.adapter_control import AdapterControl
 from controlplane.registry.directory import AdapterDirectory
-from controlplane.registry.records import AdapterRecord, VersionRecord
+from controlplane.registry.records import AdapterRecord, Change, ChangeKind, VersionRecord
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,8 @@ class Pinning:
         self._directory = directory
         self._control = control
         self._told: list[str] | None = None
-        directory.on_change(lambda _: self.tell())
+        self._names = {record.name for record in directory.records() if record.pinned}
+        directory.on_change(self._on_change)
         control.on_connection_change(lambda _: self.tell())
         self.tell()
 
@@ -66,8 +67,19 @@ class Pinning:
             self._told = digests
             self._control.set_pinned(digests)
 
+    def _on_change(self, change: Change) -> None:
+        name = change.record.name
+        was_pinned = name in self._names
+        is_pinned = change.kind is not ChangeKind.DELETED and change.record.pinned
+        if is_pinned:
+            self._names.add(name)
+        else:
+            self._names.discard(name)
+        if was_pinned or is_pinned:
+            self.tell()
+
     def _pinned(self) -> list[tuple[str, VersionRecord]]:
         """Current versions of pinned adapters, the longest registered first."""
-        pinned = [r for r in self._directory.records() if r.pinned]
+        pinned = [record for name in self._names if (record := self._directory.get(name)) is not None]
         pinned.sort(key=lambda r: (r.create_time_us, r.name))
         return [(r.name, r.current_version) for r in pinned]
