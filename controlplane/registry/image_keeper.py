@@ -17,8 +17,8 @@ from adapter_store.image_store import ImageStore
 from controlplane.errors import UnavailableError
 from controlplane.registry.background_task import end_task
 from controlplane.registry.directory import AdapterDirectory
+from controlplane.registry.image_garbage import ImageGarbage
 from controlplane.registry.records import Change, ChangeKind
-from controlplane.registry.redis_registry import RedisRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ class ImageKeeper:
     """Puts images in, and takes them out when they are no longer needed."""
 
     def __init__(
-        self, registry: RedisRegistry, directory: AdapterDirectory, store: ImageStore, *, heartbeat_s: float = HEARTBEAT_S
+        self, garbage: ImageGarbage, directory: AdapterDirectory, store: ImageStore, *, heartbeat_s: float = HEARTBEAT_S
     ) -> None:
-        self._registry = registry
+        self._garbage = garbage
         self._directory = directory
         self._store = store
         self._heartbeat_s = heartbeat_s
@@ -47,7 +47,7 @@ class ImageKeeper:
     async def join(self) -> None:
         """Announces this control plane. Must come before the directory is filled: from then on nothing that it may serve is
         deleted behind its back."""
-        await self._registry.heartbeat(self._member, MEMBER_TTL_S, 0, ())
+        await self._garbage.heartbeat(self._member, MEMBER_TTL_S, 0, ())
 
     async def start(self) -> None:
         """Notes which images are missing, and begins to collect."""
@@ -65,7 +65,7 @@ class ImageKeeper:
             await end_task(self._task)
             self._task = None
         with suppress(UnavailableError):
-            await self._registry.leave(self._member)
+            await self._garbage.leave(self._member)
 
     @asynccontextmanager
     async def stored(self, image: AdapterImage) -> AsyncIterator[None]:
@@ -81,7 +81,7 @@ class ImageKeeper:
         except BaseException:
             # If this fails too, the claim runs out by itself.
             with suppress(UnavailableError):
-                await asyncio.shield(self._registry.unclaim(image.digest))
+                await asyncio.shield(self._garbage.unclaim(image.digest))
             self._wake.set()
             raise
         self._directory.set_failure(image.digest, "")
@@ -89,13 +89,13 @@ class ImageKeeper:
     async def collect(self) -> list[str]:
         """One heartbeat, then deletes what nobody needs; returns what it deleted."""
         seen, draining = self._directory.revision.number, self._directory.draining()
-        garbage = await self._registry.heartbeat(self._member, MEMBER_TTL_S, seen, draining)
+        garbage = await self._garbage.heartbeat(self._member, MEMBER_TTL_S, seen, draining)
         deleted = []
         for digest in garbage:
-            if self._directory.num_leases(digest) or not await self._registry.may_delete(digest):
+            if self._directory.num_leases(digest) or not await self._garbage.may_delete(digest):
                 continue
             await asyncio.to_thread(self._store.delete, digest)
-            await self._registry.deleted(digest)
+            await self._garbage.deleted(digest)
             self._directory.set_failure(digest, "")
             logger.info("image deleted version=%s", digest)
             deleted.append(digest)
@@ -103,7 +103,7 @@ class ImageKeeper:
 
     async def _claim(self, digest: str) -> None:
         for _ in range(CLAIM_ATTEMPTS):
-            if await self._registry.claim(digest):
+            if await self._garbage.claim(digest):
                 return
             await asyncio.sleep(CLAIM_RETRY_S)  # its deletion is under way
         raise UnavailableError(

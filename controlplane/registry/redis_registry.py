@@ -1,4 +1,4 @@
-"""The registry as it lies in Redis: atomic writes with etags, the change feed, answers to repeated requests, and garbage.
+"""The registry as it lies in Redis: atomic writes with etags, the change feed, and answers to repeated requests.
 
 Knows what the keys and scripts are (`scripts.py`), nothing of requests, weights or protobuf. While Redis is away everything here
 raises UnavailableError.
@@ -6,16 +6,10 @@ raises UnavailableError.
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
-from redis.exceptions import RedisError, ResponseError
 
 from controlplane.errors import (
     AlreadyExistsError,
@@ -27,17 +21,14 @@ from controlplane.errors import (
 )
 from controlplane.registry import scripts
 from controlplane.registry.directory import ADAPTER_TYPE
+from controlplane.registry.image_garbage import ImageGarbage
 from controlplane.registry.records import AdapterRecord, Change, ChangeKind, Revision, record_from_json, record_to_json
+from controlplane.registry.redis_scripts import RedisScripts, StreamWait
 
-COMMAND_TIMEOUT_S = 5.0
 OPEN_RETRY_S = 0.2
-MAX_CONNECTIONS = 16
 # Changes kept for watchers and for control planes that were away.
 DEFAULT_HISTORY = 10_000
 REQUEST_ID_TTL_S = 24 * 3600
-# How long an image may wait for its adapter to be published, and how long deleting one may take.
-CLAIM_S = 600
-DELETE_S = 30
 
 
 class RegistryMismatchError(Exception):
@@ -56,22 +47,10 @@ class RedisRegistry:
     """One registry, under one key prefix of one Redis. `open()` comes first."""
 
     def __init__(self, url: str, prefix: str = "loraplane", *, history: int = DEFAULT_HISTORY) -> None:
-        self.url = url
         self._prefix = prefix
         self._history = history
-        # No retries in here: a write that was sent may have been done. Callers repeat with their request_id. A burst of calls
-        # waits for a connection, as long as for an answer.
-        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=COMMAND_TIMEOUT_S,
-            decode_responses=True,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=COMMAND_TIMEOUT_S,
-            socket_connect_timeout=COMMAND_TIMEOUT_S,
-        )
-        self._redis: Redis = Redis.from_pool(pool)
-        self._scripts: dict[str, AsyncScript] = {}
+        self._redis = RedisScripts(url, prefix)
+        self.garbage = ImageGarbage(self._redis)
         self.registry_id = ""
 
     async def open(self) -> None:
@@ -80,8 +59,7 @@ class RedisRegistry:
         Raises:
             RegistryMismatchError: another version of loraplane wrote it.
         """
-        async with self._reaching():
-            version, registry_id = await self._run(scripts.OPEN, ["schema"], [scripts.SCHEMA_VERSION, secrets.token_hex(4)])
+        version, registry_id = await self._redis.run(scripts.OPEN, ["schema"], [scripts.SCHEMA_VERSION, secrets.token_hex(4)])
         if version != scripts.SCHEMA_VERSION:
             raise RegistryMismatchError(
                 f"the registry under {self._prefix!r} has schema {version!r}, this version of loraplane reads and "
@@ -103,21 +81,19 @@ class RedisRegistry:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await self._redis.close()
 
     # Reading.
 
     async def snapshot(self) -> tuple[list[AdapterRecord], Revision]:
         """All adapters, and the revision at which they were so."""
-        async with self._reaching():
-            answer = await self._run(scripts.SNAPSHOT, ["revision", "names"], [self._key("adapter:")])
+        answer = await self._redis.run(scripts.SNAPSHOT, ["revision", "names"], [self._redis.key("adapter:")])
         return [record_from_json(text) for text in answer[1:]], self._revision(answer[0])
 
     async def get(self, name: str) -> AdapterRecord | None:
         """One adapter as it is in Redis now."""
-        async with self._reaching():
-            text = await self._redis.get(self._key(f"adapter:{name}"))
-        return record_from_json(str(text)) if text is not None else None
+        text = await self._redis.run(scripts.GET, [f"adapter:{name}"])
+        return record_from_json(text) if text is not None else None
 
     async def answered(self, request: RequestMark) -> Change | None:
         """The answer that an earlier request with this id got, if there was one.
@@ -125,8 +101,7 @@ class RedisRegistry:
         Raises:
             InvalidArgumentError: it asked for something else.
         """
-        async with self._reaching():
-            found = await self._run(scripts.ANSWERED, [f"request:{request.request_id}"], [])
+        found = await self._redis.run(scripts.ANSWERED, [f"request:{request.request_id}"])
         if not found:
             return None
         if found[0] != request.fingerprint:
@@ -141,9 +116,8 @@ class RedisRegistry:
         """
         if revision.registry_id != self.registry_id:
             raise _trimmed(revision, "it belongs to another registry")
-        async with self._reaching():
-            keys = ["schema", "revision", "changes"]
-            answer = await self._run(scripts.CHANGES, keys, [self.registry_id, revision.number, limit])
+        keys = ["schema", "revision", "changes"]
+        answer = await self._redis.run(scripts.CHANGES, keys, [self.registry_id, revision.number, limit])
         if answer[0] == "OTHER_REGISTRY":
             raise _trimmed(revision, "the registry was made anew")
         if answer[0] == "OUT_OF_RANGE":
@@ -152,18 +126,9 @@ class RedisRegistry:
 
     @asynccontextmanager
     async def feed(self, block_s: float) -> AsyncIterator["ChangeFeed"]:
-        """A connection of its own on which to wait for changes, at most `block_s` at a time."""
-        redis: Redis = Redis.from_url(
-            self.url,
-            decode_responses=True,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=block_s + COMMAND_TIMEOUT_S,
-            socket_connect_timeout=COMMAND_TIMEOUT_S,
-        )
-        try:
-            yield ChangeFeed(redis, self._key("changes"), block_s)
-        finally:
-            await redis.aclose()
+        """Waits for changes on a connection of its own, at most `block_s` at a time."""
+        async with self._redis.stream("changes", block_s) as stream:
+            yield ChangeFeed(stream)
 
     # Writing.
 
@@ -200,8 +165,7 @@ class RedisRegistry:
         body = "" if kind is ChangeKind.DELETED else record_to_json(record)
         args = [self.registry_id, kind.value, record.name, body, etag, "1" if force else "", self._history]
         args += [request.fingerprint if request else "", REQUEST_ID_TTL_S]
-        async with self._reaching():
-            answer = await self._run(scripts.WRITE, keys, args)
+        answer = await self._redis.run(scripts.WRITE, keys, args)
         match answer[0]:
             case "WRITTEN" | "REPEATED":
                 return self._change(answer[1], answer[2], answer[3], "1" if force else "")
@@ -218,64 +182,7 @@ class RedisRegistry:
             case _:
                 raise UnavailableError("the registry in Redis was made anew; it is being read again", reason="REGISTRY_AWAY")
 
-    # Images without a name.
-
-    async def claim(self, digest: str) -> bool:
-        """Keeps an image safe from collection while its adapter is being published; False while it is just being deleted."""
-        async with self._reaching():
-            answer = await self._run(scripts.CLAIM, ["garbage"], [digest, CLAIM_S])
-        return bool(answer[0] == "CLAIMED")
-
-    async def unclaim(self, digest: str) -> None:
-        """Gives a claim back after a registration that failed."""
-        async with self._reaching():
-            await self._run(scripts.UNCLAIM, ["garbage"], [digest])
-
-    async def heartbeat(self, member: str, ttl_s: int, seen: int, draining: Iterable[str]) -> list[str]:
-        """Says that a control plane lives, what it has seen and still uses; returns digests that may be garbage."""
-        async with self._reaching():
-            digests: list[str] = await self._run(scripts.HEARTBEAT, ["members", "garbage"], [member, ttl_s, seen, *draining])
-        return digests
-
-    async def leave(self, member: str) -> None:
-        """Takes a control plane's heartbeat away."""
-        async with self._reaching():
-            await self._run(scripts.LEAVE, ["members"], [member])
-
-    async def may_delete(self, digest: str) -> bool:
-        """Whether no adapter has that digest and no control plane uses it; True must be followed by `deleted`."""
-        async with self._reaching():
-            answer = await self._run(scripts.COLLECT, ["members", "garbage", "digests"], [digest, DELETE_S])
-        return bool(answer[0] == "DELETE")
-
-    async def deleted(self, digest: str) -> None:
-        """The image is gone."""
-        async with self._reaching():
-            await self._run(scripts.COLLECTED, ["garbage"], [digest])
-
     # Within.
-
-    @asynccontextmanager
-    async def _reaching(self) -> AsyncIterator[None]:
-        """Makes every failure to reach Redis, or of Redis to write, an UnavailableError."""
-        try:
-            yield
-        except ResponseError as error:
-            # Redis refuses for a state of its own (out of memory, read-only replica, disk) or for a bug in a script.
-            raise UnavailableError(f"the registry refused: {error}", reason="REGISTRY_REFUSED") from error
-        except (RedisError, OSError) as error:
-            raise UnavailableError(
-                f"the registry is away ({type(error).__name__}); known adapters are served, changes must wait",
-                reason="REGISTRY_AWAY",
-            ) from error
-
-    async def _run(self, script: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:
-        if script not in self._scripts:
-            self._scripts[script] = self._redis.register_script(script)
-        return await self._scripts[script](keys=[self._key(key) for key in keys], args=args)
-
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}:schema" if name == "schema" else f"{self._prefix}:v{scripts.SCHEMA_VERSION}:{name}"
 
     def _revision(self, number: str) -> Revision:
         return Revision(self.registry_id, int(number))
@@ -285,19 +192,14 @@ class RedisRegistry:
 
 
 class ChangeFeed:
-    """Waits for changes on a connection of its own, since waiting blocks it."""
+    """Tells when there is more than a directory has seen."""
 
-    def __init__(self, redis: Redis, key: str, block_s: float) -> None:
-        self._redis = redis
-        self._key = key
-        self._block_ms = round(block_s * 1000)
+    def __init__(self, stream: StreamWait) -> None:
+        self._stream = stream
 
     async def wait_beyond(self, revision: Revision) -> None:
         """Returns when there is a change after that revision, or when the time to wait is over."""
-        try:
-            await self._redis.xread({self._key: f"{revision.number}-0"}, count=1, block=self._block_ms)
-        except (RedisError, OSError) as error:
-            raise UnavailableError(f"the registry is away ({type(error).__name__})", reason="REGISTRY_AWAY") from error
+        await self._stream.wait_beyond(revision.number)
 
 
 def name_taken(name: str, owner: str) -> AlreadyExistsError:

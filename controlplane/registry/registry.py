@@ -79,7 +79,7 @@ class AdapterRegistry:
             await self._embedded.start()
             url = self._embedded.url
         self._redis = RedisRegistry(url, self._config.key_prefix)
-        self._images = ImageKeeper(self._redis, self.directory, self._store)
+        self._images = ImageKeeper(self._redis.garbage, self.directory, self._store)
         sync = DirectorySync(self._redis, self.directory)
         await self._redis.open_within(OPEN_TIMEOUT_S)
         await self._images.join()

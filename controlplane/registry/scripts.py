@@ -35,6 +35,11 @@ end
 return answer
 """
 
+# KEYS: adapter.
+GET = """
+return redis.call('GET', KEYS[1])
+"""
+
 # KEYS: schema, revision, names, digests, changes, garbage, adapter, request (or schema again when there is none).
 # ARGV: registry_id, kind, name, record ('' to delete), etag that must be found ('' for any), force, history,
 #       fingerprint of the request ('' for none), seconds to remember it.

@@ -66,7 +66,7 @@ class Member:
 async def member(url: str, prefix: str, store: ImageStore) -> AsyncIterator[Member]:
     """A control plane that collects when told to: its own timer is not started."""
     registry, directory = RedisRegistry(url, prefix), AdapterDirectory()
-    keeper, sync = ImageKeeper(registry, directory, store), DirectorySync(registry, directory)
+    keeper, sync = ImageKeeper(registry.garbage, directory, store), DirectorySync(registry, directory)
     try:
         await keeper.join()
         await sync.start()
@@ -209,12 +209,12 @@ def test_weights_that_are_just_being_deleted_wait_for_that(
             await one.add(record, image)
             await one.remove(record)
             await one.keeper.collect()
-            await one.registry.claim(image.digest)
-            await one.registry.unclaim(image.digest)
-            assert await one.registry.may_delete(image.digest)
+            await one.registry.garbage.claim(image.digest)
+            await one.registry.garbage.unclaim(image.digest)
+            assert await one.registry.garbage.may_delete(image.digest)
             with pytest.raises(UnavailableError, match="being deleted"):
                 await one.add(record, image)
-            await one.registry.deleted(image.digest)
+            await one.registry.garbage.deleted(image.digest)
             await one.add(record, image)
             assert store.digests() == (image.digest,)
 

@@ -213,7 +213,7 @@ def test_without_redis_every_call_is_unavailable(make_record: MakeRecord) -> Non
             lambda: registry.get("a"),
             lambda: registry.add(make_record("a")),
             lambda: registry.remove(make_record("a"), "", force=False),
-            lambda: registry.claim("d"),
+            lambda: registry.garbage.claim("d"),
         ]
         for call in calls:
             with pytest.raises(UnavailableError, match="registry is away") as caught:
