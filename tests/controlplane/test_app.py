@@ -372,6 +372,25 @@ def test_a_cancelled_call_frees_its_pages(play: Callable[..., None]) -> None:
     play(scenario, replace(NULL, step_s=0.02))
 
 
+def test_a_reader_that_stops_reading_slows_nobody_and_misses_nothing(play: Callable[..., None]) -> None:
+    async def scenario(client: Client) -> None:
+        # Logprobs make the stream far larger than what fits between server and client.
+        request = pb.GenerateRequest(text="x", logprobs=20, sampling=sampling(max_tokens=2000, seed=0))
+        call = client.inference.Generate(request, timeout=TIMEOUT_S)
+        answer = Answer()
+        answer.take(await call.read())
+        other = await client.generate(text="x", sampling=sampling(max_tokens=50, seed=1))
+        assert other.token_ids[0] == client.expected("x", 1, 50)
+        await client.idle()
+        while (response := await call.read()) is not grpc.aio.EOF:
+            answer.take(response)
+        assert answer.token_ids[0] == client.expected("x", 0, 2000)
+        assert len(answer.logprobs[0]) == 2000
+        assert len(answer.events) < 2000
+
+    play(scenario, replace(NULL, num_pages=512, max_model_len=4096))
+
+
 def test_a_passed_deadline_frees_its_pages(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         code, _, _ = await refused(client.generate(text="x", sampling=sampling(max_tokens=250), timeout=0.3))
@@ -556,6 +575,26 @@ def test_a_registered_adapter_answers_by_name_version_and_alias(play: Callable[.
         code, _, _ = await refused(client.generate(text="x" * 300, adapter="tiny"))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert client.app.directory.num_leases(version) == 0
+
+    play(scenario, adapter_roots=(root,))
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone(play: Callable[..., None], tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    save_adapter(root / "tiny")
+
+    async def scenario(client: Client) -> None:
+        source = adapter_pb2.AdapterSource(path=str(root / "tiny"))
+        registered = await client.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(name="tiny", source=source))
+        digest = registered.adapter.current.version
+        client.null.engine.config = replace(client.null.engine.config, broken_adapters=frozenset({digest}))
+        base = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=50, seed=0)))
+        code, message, details = await refused(client.generate(text="x", adapter="tiny", sampling=sampling(n=2)))
+        assert code is grpc.StatusCode.DATA_LOSS
+        assert "broken" in message
+        assert details["ErrorInfo"].reason == "ADAPTER_LOAD_FAILED"
+        assert (await base).token_ids[0] == client.expected("x", 0, 50)
+        assert client.app.directory.num_leases(digest) == 0
 
     play(scenario, adapter_roots=(root,))
 
