@@ -8,23 +8,36 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from benchmarks.clock_engine import ClockEngine, StampEngine
 from benchmarks.null_engine import NullConfig, NullEngine
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
-from protos.planes import BatchUpdate, Hello, StepReport, report_to_proto, run_request_from_proto
+from protos.planes import BatchUpdate, Hello, StepReport, reports_to_proto, run_request_from_proto
+
+# As the real data plane: the engine pauses when so many reports wait.
+MAX_WAITING_REPORTS = 64
+
+_ENGINES: dict[str, Callable[[NullConfig, int], NullEngine]] = {
+    "null": NullEngine,
+    "clock": ClockEngine,
+    "stamps": StampEngine,
+}
 
 
 class NullDataPlane(pb_grpc.DataPlaneServiceServicer):
-    """Serves one NullEngine. Everything runs on the event loop."""
+    """Serves one NullEngine, or an engine in its seat. Everything runs on the event loop."""
 
-    def __init__(self, config: NullConfig, epoch: int | None = None) -> None:
-        self.engine = NullEngine(config, time.time_ns() if epoch is None else epoch)
+    def __init__(
+        self, config: NullConfig, epoch: int | None = None, engine_type: Callable[[NullConfig, int], NullEngine] = NullEngine
+    ) -> None:
+        self.engine = engine_type(config, time.time_ns() if epoch is None else epoch)
         self.num_sessions = 0
-        self._news = asyncio.Event()
+        self._news = asyncio.Event()  # for the engine: an update, or room for a report
+        self._made = asyncio.Event()  # for the stream: a report, or the end
         self._session = ""
 
     def describe(self) -> pb.DescribeResponse:
@@ -72,24 +85,42 @@ class NullDataPlane(pb_grpc.DataPlaneServiceServicer):
         self._session = hello.session_id
         self.num_sessions += 1
         self._news.set()
-        yield report_to_proto(self.engine.open_session())
+        self._made.set()
         updates: deque[BatchUpdate] = deque()
+        reports = deque([self.engine.open_session()])
         reader = asyncio.create_task(self._read(request_iterator, updates))
+        stepper = asyncio.create_task(self._step(hello.session_id, updates, reports))
         try:
             while self._session == hello.session_id and not reader.done():
-                report = self._turn(updates)
-                if report is None:
-                    self._news.clear()
-                    await self._news.wait()
-                    continue
-                yield report_to_proto(report)
-                await asyncio.sleep(self.engine.config.step_s)
+                if reports:
+                    batch = [reports.popleft() for _ in range(len(reports))]
+                    self._news.set()
+                    yield reports_to_proto(batch)
+                else:
+                    self._made.clear()
+                    await self._made.wait()
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            stepper.cancel()
+            await asyncio.gather(reader, stepper, return_exceptions=True)
         if self._session != hello.session_id:
             await context.abort(grpc.StatusCode.ABORTED, "SESSION_TAKEN_OVER")
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "PROTOCOL_VIOLATION: the stream of updates ended or has a gap")
+
+    async def _step(self, session_id: str, updates: deque[BatchUpdate], reports: deque[StepReport]) -> None:
+        """Steps at its pace, ahead of what is read by no more than the real engine would be."""
+        due = time.monotonic()
+        while self._session == session_id:
+            report = self._turn(updates) if len(reports) < MAX_WAITING_REPORTS else None
+            if report is None:
+                self._news.clear()
+                await self._news.wait()
+                due = time.monotonic()
+                continue
+            reports.append(report)
+            self._made.set()
+            due += self.engine.config.step_s
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     def _turn(self, updates: deque[BatchUpdate]) -> StepReport | None:
         while updates:
@@ -108,10 +139,16 @@ class NullDataPlane(pb_grpc.DataPlaneServiceServicer):
                 self._news.set()
         finally:
             self._news.set()
+            self._made.set()
 
 
 @contextlib.asynccontextmanager
-async def serve(listen: str, config: NullConfig, epoch: int | None = None) -> AsyncIterator[NullDataPlane]:
+async def serve(
+    listen: str,
+    config: NullConfig,
+    epoch: int | None = None,
+    engine_type: Callable[[NullConfig, int], NullEngine] = NullEngine,
+) -> AsyncIterator[NullDataPlane]:
     """Serves while the context is open."""
     server = grpc.aio.server(
         options=[
@@ -120,7 +157,7 @@ async def serve(listen: str, config: NullConfig, epoch: int | None = None) -> As
             ("grpc.keepalive_permit_without_calls", 1),
         ]
     )
-    data_plane = NullDataPlane(config, epoch)
+    data_plane = NullDataPlane(config, epoch, engine_type)
     pb_grpc.add_DataPlaneServiceServicer_to_server(data_plane, server)
     server.add_insecure_port(listen)
     await server.start()
@@ -130,8 +167,8 @@ async def serve(listen: str, config: NullConfig, epoch: int | None = None) -> As
         await server.stop(grace=None)
 
 
-async def _serve_forever(listen: str, config: NullConfig) -> None:
-    async with serve(listen, config):
+async def _serve_forever(listen: str, config: NullConfig, engine_type: Callable[[NullConfig, int], NullEngine]) -> None:
+    async with serve(listen, config, engine_type=engine_type):
         print("ready", flush=True)
         await asyncio.Event().wait()
 
@@ -144,10 +181,16 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0.0, help="milliseconds that a step takes")
     parser.add_argument("--num-pages", type=int, default=defaults.num_pages)
     parser.add_argument("--max-num-seqs", type=int, default=defaults.max_num_seqs)
+    parser.add_argument(
+        "--engine",
+        choices=tuple(_ENGINES),
+        default="null",
+        help="null books pages as the real one does; clock costs nothing; stamps too, and its tokens are times",
+    )
     args = parser.parse_args()
     config = NullConfig(num_pages=args.num_pages, max_num_seqs=args.max_num_seqs, step_s=args.step_ms / 1000)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve_forever(args.listen, config))
+        asyncio.run(_serve_forever(args.listen, config, _ENGINES[args.engine]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from adapter_store.geometry import BaseGeometry, LinearShape
 from controlplane.messages import DataPlaneDescription
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
-from protos.planes import BatchUpdate, EngineState, Hello, StepReport, hello_to_proto, report_from_proto, update_to_proto
+from protos.planes import BatchUpdate, EngineState, Hello, StepReport, hello_to_proto, reports_from_proto, update_to_proto
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # Little is read ahead: what the other side still holds reaches us merged, what lies in buffers here would come one by one.
+    ("grpc.http2.lookahead_bytes", 4096),
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", 16 << 20),
 )
@@ -45,7 +48,7 @@ class DataPlaneRefusedError(Exception):
 
 
 class SessionListener(Protocol):
-    """Hears of a session's life. Called on the event loop: on_described, on_connected, on_report..., on_lost, and again."""
+    """Hears of a session's life. Called on the event loop: on_described, on_connected, on_reports..., on_lost, and again."""
 
     def on_described(self, address: str, description: DataPlaneDescription) -> None:
         """What the data plane is. Raises DataPlaneRefusedError to have nothing to do with it."""
@@ -53,8 +56,8 @@ class SessionListener(Protocol):
     def on_connected(self, address: str, description: DataPlaneDescription, state: EngineState) -> None:
         """The session is open and this is what the data plane holds."""
 
-    def on_report(self, address: str, report: StepReport) -> None:
-        """A step was done. The first report follows on_connected at once."""
+    def on_reports(self, address: str, reports: Sequence[StepReport]) -> None:
+        """Steps were done, oldest first. The session's first report follows on_connected at once."""
 
     def on_lost(self, address: str) -> None:
         """The session has ended; a new one will be tried."""
@@ -159,24 +162,27 @@ class DataPlaneSession:
         self, call: "grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]", hello: Hello, description: DataPlaneDescription
     ) -> None:
         async with asyncio.timeout(self._config.hello_timeout_s):
-            first = await _next_report(call)
+            reports = await _next_reports(call)
+        first = reports[0]
         if first.state is None or first.state.epoch != description.epoch:
             epoch = first.state.epoch if first.state is not None else None
             raise SessionBrokenError(f"the first report must carry the state of epoch {description.epoch}, it has {epoch}")
         _log.info("session open address=%s session=%s epoch=%d", self.address, hello.session_id, hello.epoch)
         self._listener.on_connected(self.address, description, first.state)
         self._is_connected = True
-        report, sequence, applied = first, 1, 0
+        sequence, applied = 0, 0
         while True:
-            if report.sequence != sequence:
-                raise SessionBrokenError(f"report {report.sequence} came where {sequence} was due")
-            if not applied <= report.applied_update <= self._last_sent:
-                raise SessionBrokenError(
-                    f"report {sequence} applies update {report.applied_update}, which is not within {applied}..{self._last_sent}"
-                )
-            applied = report.applied_update
-            self._listener.on_report(self.address, report)
-            report, sequence = await _next_report(call), sequence + 1
+            for report in reports:
+                sequence += 1
+                if report.sequence != sequence:
+                    raise SessionBrokenError(f"report {report.sequence} came where {sequence} was due")
+                if not applied <= report.applied_update <= self._last_sent:
+                    raise SessionBrokenError(
+                        f"report {sequence} applies update {report.applied_update}, not within {applied}..{self._last_sent}"
+                    )
+                applied = report.applied_update
+            self._listener.on_reports(self.address, reports)
+            reports = await _next_reports(call)
 
 
 async def _requests(hello: Hello, outbox: asyncio.Queue[BatchUpdate]) -> AsyncIterator[pb.RunRequest]:
@@ -185,11 +191,11 @@ async def _requests(hello: Hello, outbox: asyncio.Queue[BatchUpdate]) -> AsyncIt
         yield update_to_proto(await outbox.get())
 
 
-async def _next_report(call: "grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]") -> StepReport:
+async def _next_reports(call: "grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]") -> tuple[StepReport, ...]:
     response = await call.read()
     if not isinstance(response, pb.RunResponse):
         raise SessionBrokenError("the data plane ended the stream")
-    return report_from_proto(response)
+    return reports_from_proto(response)
 
 
 def description_from_proto(message: pb.DescribeResponse) -> DataPlaneDescription:

@@ -25,6 +25,10 @@ class Detokenizer(ABC):
     def append(self, token_id: int) -> str:
         """Takes the next token; returns the text that is certain now."""
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """Takes the next tokens; returns the text that is certain now."""
+        return "".join(map(self.append, token_ids))
+
     @abstractmethod
     def flush(self) -> str:
         """The rest of the text, once no more tokens come; an incomplete character becomes U+FFFD."""

@@ -225,15 +225,15 @@ class Dispatcher:
         for event in state.adapters:
             _notify(self._residency_callbacks, event.digest)
 
-    def on_report(self, address: str, report: StepReport) -> None:
-        """One step: hands out its tokens, then decides who runs next."""
+    def on_reports(self, address: str, reports: Sequence[StepReport]) -> None:
+        """Some steps: hands out their tokens, then decides who runs next."""
         now = self._clock()
-        events = self._scheduler.update_from_report(address, report, now)
-        self._throughput.add(len(events.tokens), now)
+        events = self._scheduler.update_from_reports(address, reports, now)
+        self._throughput.add(sum(len(tokens.token_ids) for tokens in events.tokens), now)
         self._hand_out(events)
         self._schedule()
-        for event in report.adapter_events:
-            _notify(self._residency_callbacks, event.digest)
+        for digest in dict.fromkeys(event.digest for report in reports for event in report.adapter_events):
+            _notify(self._residency_callbacks, digest)
 
     def on_lost(self, address: str) -> None:
         """A data plane is away: its requests wait for it or for another one."""
@@ -253,14 +253,14 @@ class Dispatcher:
         for request in events.started:
             if self._sinks.start(request):
                 self._scheduler.end(request, FinishReason.ERROR, self._clock())
-        for request, token_id, logprobs in events.tokens:
-            reason = self._sinks.token(request, token_id, logprobs)
+        for request, token_ids, logprobs in events.tokens:
+            reason = self._sinks.tokens(request, token_ids, logprobs)
             if reason is not None:
                 self._stop(request, reason, events)
         self._finish_all(events.ended)
 
     def _stop(self, request: Request, reason: FinishReason, events: StepEvents) -> None:
-        """Ends a request at its sink's wish. If the data plane ended it with the same token, the sink's reason counts."""
+        """Ends a request at its sink's wish. If the data plane has ended it meanwhile, the sink's reason counts."""
         if request.state is not RequestState.FINISHED:
             self._end(request, reason)
             return

@@ -3,6 +3,7 @@
 Imports only the types at the bottom (geometry, wire dataclasses, errors); knows nothing of gRPC, queues or text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -42,9 +43,9 @@ class FinishReason(Enum):
     """Why a request ended."""
 
     EOS = "eos"
-    STOP_TOKEN = "stop_token"  # the last token given to on_token is the one that matched
+    STOP_TOKEN = "stop_token"  # the last token given to on_tokens is the one that matched
     LENGTH = "length"
-    STOPPED = "stopped"  # on_token returned True
+    STOPPED = "stopped"  # on_tokens returned True
     ABORTED = "aborted"  # by the server while it ran, such as at the end of a drain
     ERROR = "error"  # RequestOutcome.error says what to tell the client
 
@@ -63,15 +64,19 @@ class RequestOutcome:
 class TokenSink(Protocol):
     """Takes one request's tokens as they are made. Called on the event loop, never concurrently; must neither block nor raise.
 
-    Order: on_started once, on_token once per token, on_finished once and last. A request that fails before it runs gets
+    Order: on_started once, on_tokens as tokens come, on_finished once and last. A request that fails before it runs gets
     on_finished alone. After `Dispatcher.abort` the sink is not called again.
     """
 
     def on_started(self, queue_s: float, adapter_wait_s: float) -> None:
         """The request runs: how long it waited for a place in the batch, and since then for its adapter's weights."""
 
-    def on_token(self, token_id: int, logprobs: StepLogprobs | None) -> bool:
-        """The next token. True stops the request after it: later tokens are dropped and on_finished says STOPPED."""
+    def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[StepLogprobs]) -> bool:
+        """The next tokens, with one entry of logprobs for each if the request asked for them.
+
+        True ends the request within these tokens: the sink has dropped those past its stop, no more come, and on_finished says
+        STOPPED.
+        """
 
     def on_finished(self, outcome: RequestOutcome) -> None:
         """The request ended."""

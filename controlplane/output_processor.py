@@ -5,7 +5,7 @@ of gRPC or scheduling.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -133,14 +133,17 @@ class ChoiceOutput:
         """The choice runs."""
         self._generation.choice_started(GenerationStarted(queue_s, adapter_wait_s))
 
-    def on_token(self, token_id: int, logprobs: StepLogprobs | None) -> bool:
-        """Takes the next token; True when its text completed a stop string."""
+    def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[StepLogprobs]) -> bool:
+        """Takes the next tokens; True when their text completed a stop string, which ends the choice at that token."""
         if self._num_tokens == 0:
             self._ttft_s = self._generation.elapsed_s()
-        self._num_tokens += 1
-        self._last_token_id = token_id
-        text = "" if self._rules.options.token_ids_only else self._scan(self._text_of(token_id))
-        self._emit([token_id], text, [] if logprobs is None else [logprobs])
+        if self._rules.stop:
+            taken, text = self._take_to_stop(token_ids)
+        else:
+            taken, text = len(token_ids), "" if self._rules.options.token_ids_only else self._text_of(token_ids)
+            self._num_tokens += taken
+        self._last_token_id = token_ids[taken - 1]
+        self._emit(token_ids[:taken], text, logprobs[:taken])
         return self._matched_stop is not None
 
     def on_finished(self, outcome: RequestOutcome) -> None:
@@ -169,12 +172,25 @@ class ChoiceOutput:
             )
         )
 
-    def _text_of(self, token_id: int) -> str:
-        """The text that is certain with this token.
+    def _take_to_stop(self, token_ids: Sequence[int]) -> tuple[int, str]:
+        """Takes tokens until one completes a stop string. Returns how many, and their text."""
+        texts = []
+        for taken, token_id in enumerate(token_ids, start=1):
+            self._num_tokens += 1
+            texts.append(self._scan(self._text_of([token_id])))
+            if self._matched_stop is not None:
+                return taken, "".join(texts)
+        return len(token_ids), "".join(texts)
 
-        The engine never samples an end of sequence or a stop token that does not end the request, so these are known to be the
-        last when they come, and are left out unless asked for.
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain with these tokens.
+
+        The engine never samples an end of sequence or a stop token that does not end the request, so only the last token can be
+        one; it is left out unless asked for.
         """
+        return self._detokenizer.extend(token_ids[:-1]) + self._text_of_last(token_ids[-1])
+
+    def _text_of_last(self, token_id: int) -> str:
         rules = self._rules
         if token_id in rules.stop_token_ids:
             if not rules.options.include_stop:
@@ -195,7 +211,7 @@ class ChoiceOutput:
             return ""
         return self._scan(self._detokenizer.flush()) + self._matcher.flush()
 
-    def _emit(self, token_ids: list[int], text: str, logprobs: list[StepLogprobs]) -> None:
+    def _emit(self, token_ids: Sequence[int], text: str, logprobs: Sequence[StepLogprobs]) -> None:
         if self._rules.options.at_end:
             self._token_ids.extend(token_ids)
             self._texts.append(text)

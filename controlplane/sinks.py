@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from controlplane.errors import InternalError
 from controlplane.messages import FinishReason, RequestOutcome, TokenSink
@@ -48,13 +49,13 @@ class Sinks:
             return self._fail(request, sink)
         return False
 
-    def token(self, request: Request, token_id: int, logprobs: StepLogprobs | None) -> FinishReason | None:
-        """Hands over a token. Returns why the request should end now, if it should."""
+    def tokens(self, request: Request, token_ids: Sequence[int], logprobs: Sequence[StepLogprobs]) -> FinishReason | None:
+        """Hands over new tokens. Returns why the request should end now, if it should."""
         sink = self._sinks.get(request)
         if sink is None:
             return None
         try:
-            return FinishReason.STOPPED if sink.on_token(token_id, logprobs) else None
+            return FinishReason.STOPPED if sink.on_tokens(token_ids, logprobs) else None
         except Exception:
             self._fail(request, sink)
             return FinishReason.ERROR

@@ -13,7 +13,7 @@ from dataplane.inbox import Inbox, RoomForReports, SessionEnd, SessionLost, Sess
 from dataplane.session import Session, SessionEndedError
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
-from protos.planes import BatchUpdate, Hello, report_to_proto, run_request_from_proto
+from protos.planes import BatchUpdate, Hello, reports_to_proto, run_request_from_proto
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class DataPlaneServicer(pb_grpc.DataPlaneServiceServicer):
         reader = asyncio.create_task(self._read_updates(session, request_iterator), name=f"updates of {hello.session_id}")
         try:
             while True:
-                yield report_to_proto(await session.next_report())
+                yield reports_to_proto(await session.next_reports())
         except SessionEndedError as error:
             if error.end is not SessionEnd.CLIENT_DONE:
                 code, reason = _ENDS[error.end]

@@ -68,8 +68,8 @@ class Session:
         """Waits until the engine can be sent another update."""
         await self._update_credit.acquire()
 
-    async def next_report(self) -> StepReport:
-        """The next report.
+    async def next_reports(self) -> tuple[StepReport, ...]:
+        """All reports that wait, oldest first; at least one.
 
         Raises:
             SessionEndedError: there is none, and none will come.
@@ -82,10 +82,10 @@ class Session:
             if not self._reports and self._ended is None:
                 await self._has_news.wait()
         was_full = not self.has_room()
-        report = self._reports.popleft()
+        reports = tuple(self._reports.popleft() for _ in range(len(self._reports)))
         if was_full:
             self._on_room()
-        return report
+        return reports
 
     def _call(self, callback: Callable[[], object]) -> None:
         """Runs it on the event loop. One that is closed has nobody left who waits."""

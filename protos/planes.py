@@ -3,7 +3,7 @@
 Knows nothing about scheduling or memory: it is the vocabulary in which the two planes speak (`data_plane.proto`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -215,8 +215,23 @@ def run_request_from_proto(message: pb.RunRequest) -> Hello | BatchUpdate:
     )
 
 
-def report_to_proto(report: StepReport) -> pb.RunResponse:
-    """A step report as it goes over the wire."""
+def reports_to_proto(reports: Sequence[StepReport]) -> pb.RunResponse:
+    """Step reports as they go over the wire, oldest first."""
+    return pb.RunResponse(reports=[_report_to_proto(report) for report in reports])
+
+
+def reports_from_proto(response: pb.RunResponse) -> tuple[StepReport, ...]:
+    """What a data plane reported, oldest first.
+
+    Raises:
+        ValueError: there is no report, packed arrays differ in length, or an enum holds a value this version does not know.
+    """
+    if not response.reports:
+        raise ValueError("RunResponse must carry at least one report")
+    return tuple(_report_from_proto(report) for report in response.reports)
+
+
+def _report_to_proto(report: StepReport) -> pb.StepReport:
     message = pb.StepReport(
         sequence=report.sequence,
         applied_update=report.applied_update,
@@ -256,16 +271,10 @@ def report_to_proto(report: StepReport) -> pb.RunResponse:
                 adapters=[_event_to_proto(event) for event in report.state.adapters],
             )
         )
-    return pb.RunResponse(report=message)
+    return message
 
 
-def report_from_proto(response: pb.RunResponse) -> StepReport:
-    """What a data plane reported.
-
-    Raises:
-        ValueError: the packed arrays differ in length, or an enum holds a value this version does not know.
-    """
-    message = response.report
+def _report_from_proto(message: pb.StepReport) -> StepReport:
     if len(message.request_keys) != len(message.token_ids):
         raise ValueError(
             f"report {message.sequence}: {len(message.request_keys)} request_keys but {len(message.token_ids)} token_ids"

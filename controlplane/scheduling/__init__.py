@@ -3,14 +3,14 @@
 from controlplane.scheduling.policy import FcfsPolicy
 from controlplane.scheduling.request import Request, RequestState
 from controlplane.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
-from controlplane.scheduling.step_events import EndedRequest, SampledToken, StepEvents
+from controlplane.scheduling.step_events import EndedRequest, SampledTokens, StepEvents
 
 __all__ = [
     "EndedRequest",
     "FcfsPolicy",
     "Request",
     "RequestState",
-    "SampledToken",
+    "SampledTokens",
     "Schedule",
     "Scheduler",
     "SchedulerConfig",

@@ -119,20 +119,22 @@ class Ledger:
         if adapter is not None:
             self._use_adapter(adapter.digest, adapter.num_pages, live=1)
 
-    def grow(self, request_key: int) -> None:
-        """Books one more token of an admission; nothing if it is not on the books any more."""
+    def grow(self, request_key: int, num_tokens: int = 1) -> None:
+        """Books that many more tokens of an admission; nothing if it is not on the books any more."""
         charge = self._charges.get(request_key)
         if charge is None:
             return
-        charge.num_tokens += 1
-        if charge.num_tokens % self._page_tokens or charge.pages >= charge.max_pages:
+        charge.num_tokens += num_tokens
+        added = min(charge.num_tokens // self._page_tokens + 1, charge.max_pages) - charge.pages
+        if added <= 0:
             return
-        charge.pages += 1
-        self.kv_pages += 1
+        lookahead = charge.lookahead
+        charge.pages += added
+        self.kv_pages += added
         if charge.is_dying:
-            self.dying_kv_pages += 1
-        elif charge.pages == charge.max_pages:
-            self.lookahead_pages -= 1
+            self.dying_kv_pages += added
+        else:
+            self.lookahead_pages += charge.lookahead - lookahead
 
     def release(self, request_key: int) -> None:
         """Frees an admission's pages: the data plane has said that it ended. Nothing if it is not on the books."""

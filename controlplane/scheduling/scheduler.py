@@ -3,6 +3,7 @@
 Pure logic: no I/O, no clock (time is passed in), no meaning of tokens. Single-threaded.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +16,9 @@ from controlplane.scheduling.placement import choose
 from controlplane.scheduling.policy import FcfsPolicy
 from controlplane.scheduling.prefetch import MAX_PREFETCH, PreloadList, prefetch_lists
 from controlplane.scheduling.request import Request, RequestState
-from controlplane.scheduling.step_events import EndedRequest, SampledToken, StepEvents
+from controlplane.scheduling.step_events import EndedRequest, SampledTokens, StepEvents
 from controlplane.scheduling.waiting_queue import WaitingQueue
-from protos.planes import BatchUpdate, EngineState, StepReport
+from protos.planes import BatchUpdate, EngineState, StepLogprobs, StepReport
 
 # A request that found no page though it ran alone is tried again after this, doubled each time: pages of adapters that are
 # being copied come free by themselves.
@@ -165,25 +166,26 @@ class Scheduler:
         assert address not in self._connected, f"{address} is connected"
         self._known.pop(address, None)
 
-    def update_from_report(self, address: str, report: StepReport, now: float) -> StepEvents:
-        """Books what a step did and returns what it means for requests."""
+    def update_from_reports(self, address: str, reports: Sequence[StepReport], now: float) -> StepEvents:
+        """Books what steps did, oldest first, and returns what they mean for requests."""
         data_plane = self._connected[address]
         events = StepEvents()
-        for request in data_plane.take_report(report, self._pinned):
-            self._start(request, events)
-        for ready in report.adapter_ready:
-            waiter = data_plane.running.get(ready.request_key)
-            if waiter is not None:
-                waiter.adapter_wait_s += ready.wait_s
-                self._start(waiter, events)
-        self._take_tokens(data_plane, report, events)
-        for finished in report.finished:
+        for report in reports:
+            for request in data_plane.take_report(report, self._pinned):
+                self._start(request, events)
+            for ready in report.adapter_ready:
+                waiter = data_plane.running.get(ready.request_key)
+                if waiter is not None:
+                    waiter.adapter_wait_s += ready.wait_s
+                    self._start(waiter, events)
+        self._take_tokens(data_plane, reports, events)
+        for finished in (finished for report in reports for finished in report.finished):
             ended = data_plane.running.get(finished.request_key)
             data_plane.finish(finished.request_key)
             if ended is not None:
                 reason, error = endings.of_engine(finished, ended)
                 events.ended.append(EndedRequest(ended, ended.finish(reason, now, error)))
-        for event in report.adapter_events:
+        for event in (event for report in reports for event in report.adapter_events):
             self._preload.settle(event.digest, self._connected.values())
         return events
 
@@ -203,17 +205,23 @@ class Scheduler:
             request.is_started = True
             events.started.append(request)
 
-    def _take_tokens(self, data_plane: DataPlane, report: StepReport, events: StepEvents) -> None:
-        running, ledger, logprobs = data_plane.running, data_plane.ledger, report.logprobs
-        for key, token_id in zip(report.request_keys, report.token_ids, strict=True):
-            ledger.grow(key)
-            request = running.get(key)
+    def _take_tokens(self, data_plane: DataPlane, reports: Sequence[StepReport], events: StepEvents) -> None:
+        tokens: defaultdict[int, list[int]] = defaultdict(list)
+        logprobs: defaultdict[int, list[StepLogprobs]] = defaultdict(list)
+        for report in reports:
+            for key, token_id in zip(report.request_keys, report.token_ids, strict=True):
+                tokens[key].append(token_id)
+            for key, entry in report.logprobs.items():
+                logprobs[key].append(entry)
+        for key, token_ids in tokens.items():
+            data_plane.ledger.grow(key, len(token_ids))
+            request = data_plane.running.get(key)
             if request is None:
-                continue  # aborted or preempted in the meantime: a later admission computes the same token again
+                continue  # aborted or preempted in the meantime: a later admission computes the same tokens again
             self._start(request, events)
-            request.output_token_ids.append(token_id)
+            request.output_token_ids += token_ids
             request.num_fruitless = 0
-            events.tokens.append(SampledToken(request, token_id, logprobs.get(key)))
+            events.tokens.append(SampledTokens(request, token_ids, logprobs[key] if logprobs else []))
 
     def _preempt(self, data_plane: DataPlane, now: float) -> list[EndedRequest]:
         while data_plane.ledger.shortage and len(data_plane.running) > 1:

@@ -1,4 +1,4 @@
-"""What one report means for requests: the scheduler's answer to it, to be handed to their owners in the order of the lists."""
+"""What reports mean for requests: the scheduler's answer to them, to be handed to their owners in the order of the lists."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from controlplane.scheduling.request import Request
 from protos.planes import StepLogprobs
 
 
-class SampledToken(NamedTuple):
-    """One new token of a request."""
+class SampledTokens(NamedTuple):
+    """New tokens of a request, and one entry of logprobs for each if it asked for them."""
 
     request: Request
-    token_id: int
-    logprobs: StepLogprobs | None
+    token_ids: list[int]
+    logprobs: list[StepLogprobs]
 
 
 class EndedRequest(NamedTuple):
@@ -28,5 +28,5 @@ class StepEvents:
     """Requests that started, then tokens, then requests that ended. A request may be in all three."""
 
     started: list[Request] = field(default_factory=list)
-    tokens: list[SampledToken] = field(default_factory=list)
+    tokens: list[SampledTokens] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 import grpc
@@ -21,7 +21,7 @@ from controlplane.data_plane_session import (
 from controlplane.messages import DataPlaneDescription
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
-from protos.planes import AdmittedRequest, BatchUpdate, EngineSampling, EngineState, StepReport, report_to_proto
+from protos.planes import AdmittedRequest, BatchUpdate, EngineSampling, EngineState, StepReport, reports_to_proto
 
 QUICK = SessionConfig(describe_timeout_s=5.0, hello_timeout_s=5.0, backoff_min_s=0.001, backoff_max_s=0.01)
 PATIENCE_S = 20.0
@@ -55,8 +55,8 @@ class Listener:
         self.states.append(state)
         self._hear("connected")
 
-    def on_report(self, address: str, report: StepReport) -> None:
-        self.reports.append(report)
+    def on_reports(self, address: str, reports: Sequence[StepReport]) -> None:
+        self.reports += reports
         self._hear("report")
 
     def on_lost(self, address: str) -> None:
@@ -79,7 +79,7 @@ class Misbehaving(NullDataPlane):
     ) -> AsyncIterator[pb.RunResponse]:
         await anext(request_iterator)
         for report in self._reports:
-            yield report_to_proto(report)
+            yield reports_to_proto([report])
         await asyncio.Event().wait()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Sink:
 
     def __init__(self, stop_after: int | None = None, is_broken: bool = False) -> None:
         self.tokens: list[int] = []
-        self.logprobs: list[StepLogprobs | None] = []
+        self.logprobs: list[StepLogprobs] = []
         self.started: list[tuple[float, float]] = []
         self.outcome: asyncio.Future[RequestOutcome] = asyncio.get_running_loop().create_future()
         self.first_token = asyncio.Event()
@@ -40,10 +40,11 @@ class Sink:
         assert not self.started and not self.tokens
         self.started.append((queue_s, adapter_wait_s))
 
-    def on_token(self, token_id: int, logprobs: StepLogprobs | None) -> bool:
+    def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[StepLogprobs]) -> bool:
         assert self.started and not self.outcome.done()
-        self.tokens.append(token_id)
-        self.logprobs.append(logprobs)
+        assert not logprobs or len(logprobs) == len(token_ids)
+        self.tokens += token_ids[: None if self._stop_after is None else self._stop_after - len(self.tokens)]
+        self.logprobs += logprobs
         self.first_token.set()
         is_last = len(self.tokens) == self._stop_after
         if is_last and self._is_broken:

@@ -39,16 +39,18 @@ def ids(text: str) -> list[int]:
     return list(TOKENIZER.encode(text, add_special_tokens=False))
 
 
-def feed(rules: OutputRules, token_ids: list[int], reason: FinishReason) -> tuple[list[OutputChunk], ChoiceFinished]:
-    """Plays the dispatcher: tokens until the sink wants to stop, then the end."""
+def feed(
+    rules: OutputRules, token_ids: list[int], reason: FinishReason, run_length: int = 1
+) -> tuple[list[OutputChunk], ChoiceFinished]:
+    """Plays the dispatcher: runs of tokens until the sink wants to stop, then the end."""
 
     async def play() -> tuple[list[OutputChunk], ChoiceFinished]:
         output = GenerationOutput(1, rules, TOKENIZER, received_at=0.0, clock=lambda: 1.0)
         choice = output.choices[0]
         choice.on_started(0.0, 0.0)
         ended = reason
-        for token_id in token_ids:
-            if choice.on_token(token_id, None):
+        for start in range(0, len(token_ids), run_length):
+            if choice.on_tokens(token_ids[start : start + run_length], ()):
                 ended = FinishReason.STOPPED
                 break
         choice.on_finished(RequestOutcome(ended))
@@ -73,6 +75,16 @@ def test_without_a_stop_all_tokens_and_all_text_arrive(text: str) -> None:
     assert (finished.end, finished.completion_tokens) == (ChoiceEnd.LENGTH, len(ids(text)))
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.text(alphabet="abcé🙂", max_size=12), st.sampled_from([(), ("bc",), ("a", "cb")]), st.integers(1, 9))
+def test_however_tokens_come_together_the_client_gets_the_same(text: str, stop: tuple[str, ...], run_length: int) -> None:
+    rules = OutputRules(stop=stop)
+    chunks, finished = feed(rules, ids(text), FinishReason.LENGTH, run_length)
+    one_by_one, finished_one_by_one = feed(rules, ids(text), FinishReason.LENGTH)
+    assert joined(chunks) == joined(one_by_one)
+    assert finished == finished_one_by_one
+
+
 @pytest.mark.parametrize(("include_stop", "text"), [(False, "one "), (True, "one two")])
 def test_a_stop_string_across_tokens_ends_text_before_it_and_tokens_with_the_one_that_completed_it(
     include_stop: bool, text: str
@@ -89,7 +101,7 @@ def test_text_that_might_become_a_stop_is_held_back_and_shown_when_it_does_not()
     assert joined(chunks)[1] == "xab"
     output = GenerationOutput(1, rules, TOKENIZER, 0.0, lambda: 0.0)
     for token_id in ids("xab"):
-        output.choices[0].on_token(token_id, None)
+        output.choices[0].on_tokens([token_id], ())
 
     async def first() -> OutputChunk | GenerationStarted | ChoiceFinished:
         return await anext(output.stream)
@@ -150,7 +162,7 @@ def test_at_end_sends_one_chunk() -> None:
         choice.on_started(0.0, 0.0)
         assert isinstance(await anext(output.stream), GenerationStarted)
         for token_id in ids("hello"):
-            choice.on_token(token_id, StepLogprobs(-1.0))
+            choice.on_tokens([token_id], [StepLogprobs(-1.0)])
         choice.on_finished(RequestOutcome(FinishReason.LENGTH))
         return [event async for event in output.stream]
 
@@ -164,10 +176,10 @@ def test_choices_start_once_and_the_stream_ends_with_the_last() -> None:
         output = GenerationOutput(2, OutputRules(), TOKENIZER, 0.0, lambda: 0.0)
         first, second = output.choices
         second.on_started(0.5, 0.25)
-        second.on_token(ids("b")[0], None)
+        second.on_tokens(ids("b"), ())
         first.on_started(0.75, 0.0)
         second.on_finished(RequestOutcome(FinishReason.LENGTH, num_preemptions=2))
-        first.on_token(ids("a")[0], None)
+        first.on_tokens(ids("a"), ())
         first.on_finished(RequestOutcome(FinishReason.EOS))
         return [event async for event in output.stream]
 
@@ -182,7 +194,7 @@ def test_an_error_ends_the_stream_after_what_was_made() -> None:
     async def play() -> list[object]:
         output = GenerationOutput(2, OutputRules(), TOKENIZER, 0.0, lambda: 0.0)
         output.choices[0].on_started(0.0, 0.0)
-        output.choices[0].on_token(ids("a")[0], None)
+        output.choices[0].on_tokens(ids("a"), ())
         output.choices[1].on_finished(RequestOutcome(FinishReason.ERROR, error=UnavailableError("gone")))
         events: list[object] = []
         with pytest.raises(UnavailableError, match="gone"):

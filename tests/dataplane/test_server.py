@@ -37,7 +37,7 @@ from protos.planes import (
     Hello,
     StepReport,
     hello_to_proto,
-    report_from_proto,
+    reports_from_proto,
     update_to_proto,
 )
 
@@ -120,6 +120,7 @@ class Control:
     call: Any
     first: StepReport
     reports: list[StepReport] = field(default_factory=list)
+    unread: list[StepReport] = field(default_factory=list)
     _sequence: Any = field(default_factory=lambda: itertools.count(1))
 
     @classmethod
@@ -128,13 +129,16 @@ class Control:
         described = await stub.Describe(pb.DescribeRequest(), timeout=TIMEOUT_S)
         call: Any = stub.Run(timeout=TIMEOUT_S)
         await call.write(hello_to_proto(Hello("test", described.epoch)))
-        return cls(call, report_from_proto(await call.read()))
+        first, *more = reports_from_proto(await call.read())
+        return cls(call, first, unread=more)
 
     async def update(self, **changes: Any) -> None:
         await self.call.write(update_to_proto(BatchUpdate(next(self._sequence), **changes)))
 
     async def read(self) -> StepReport:
-        report = report_from_proto(await self.call.read())
+        if not self.unread:
+            self.unread += reports_from_proto(await self.call.read())
+        report = self.unread.pop(0)
         self.reports.append(report)
         return report
 

@@ -28,7 +28,7 @@ def test_reports_of_another_thread_arrive_in_order() -> None:
         read = []
         with pytest.raises(SessionEndedError) as raised:
             while True:
-                read.append((await session.next_report()).sequence)
+                read += [report.sequence for report in await session.next_reports()]
         await asyncio.to_thread(thread.join)
         assert raised.value.end is SessionEnd.SHUTTING_DOWN
         return read
@@ -41,13 +41,13 @@ def test_room_is_told_when_full_reports_are_read_and_not_before() -> None:
         told: list[int] = []
         session = Session("s", on_room=lambda: told.append(1))
         session.send(StepReport(0, 0))
-        await session.next_report()
+        await session.next_reports()
         assert told == []
         for sequence in range(MAX_WAITING_REPORTS):
             assert session.has_room()
             session.send(StepReport(sequence, 0))
         assert not session.has_room()
-        await session.next_report()
+        await session.next_reports()
         assert told == [1]
         assert session.has_room()
 
@@ -60,7 +60,7 @@ def test_the_first_reason_for_the_end_counts() -> None:
         session.close(SessionEnd.TAKEN_OVER)
         session.close(SessionEnd.CLIENT_DONE)
         with pytest.raises(SessionEndedError) as raised:
-            await session.next_report()
+            await session.next_reports()
         assert raised.value.end is SessionEnd.TAKEN_OVER
 
     asyncio.run(run())

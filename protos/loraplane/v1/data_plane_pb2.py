@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/loraplane/v1/data_plane.proto\x12\x0cloraplane.v1\x1a\x1egoogle/protobuf/duration.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x92\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\t\x12-\n\x05model\x18\x03 \x01(\x0b\x32\x1e.loraplane.v1.ModelDescription\x12+\n\x04pool\x18\x04 \x01(\x0b\x32\x1d.loraplane.v1.PoolDescription\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x15\n\rmax_lora_rank\x18\t \x01(\r\x12\x18\n\x10host_cache_bytes\x18\n \x01(\x04\"\xee\x01\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12+\n\x07modules\x18\n \x03(\x0b\x32\x1a.loraplane.v1.LinearModule\"G\n\x0cLinearModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\r\x12\x14\n\x0cout_features\x18\x03 \x01(\r\"M\n\x0fPoolDescription\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x02 \x01(\r\x12\x12\n\npage_elems\x18\x03 \x01(\r\"j\n\nRunRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.loraplane.v1.HelloH\x00\x12+\n\x06update\x18\x02 \x01(\x0b\x32\x19.loraplane.v1.BatchUpdateH\x00\x42\t\n\x07message\"7\n\x0bRunResponse\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.loraplane.v1.StepReport\"*\n\x05Hello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xb4\x01\n\x0b\x42\x61tchUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x61\x62ort\x18\x02 \x03(\x04\x12,\n\x05\x61\x64mit\x18\x03 \x03(\x0b\x32\x1d.loraplane.v1.AdmittedRequest\x12+\n\x08prefetch\x18\x04 \x01(\x0b\x32\x19.loraplane.v1.AdapterList\x12)\n\x06pinned\x18\x05 \x01(\x0b\x32\x19.loraplane.v1.AdapterList\"\x1e\n\x0b\x41\x64\x61pterList\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"\xb0\x01\n\x0f\x41\x64mittedRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.loraplane.v1.EngineSampling\"\xb1\x02\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xb2\x03\n\nStepReport\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0e\x61pplied_update\x18\x02 \x01(\x04\x12\x14\n\x0crequest_keys\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.loraplane.v1.StepLogprobs\x12/\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x1d.loraplane.v1.FinishedRequest\x12\x0f\n\x07starved\x18\x07 \x03(\x04\x12\x32\n\x0e\x61\x64\x61pter_events\x18\x08 \x03(\x0b\x32\x1a.loraplane.v1.AdapterEvent\x12\x31\n\radapter_ready\x18\t \x03(\x0b\x32\x1a.loraplane.v1.AdapterReady\x12&\n\x04pool\x18\n \x01(\x0b\x32\x18.loraplane.v1.PoolCounts\x12(\n\x06timing\x18\x0b \x01(\x0b\x32\x18.loraplane.v1.StepTiming\x12(\n\x05state\x18\x0c \x01(\x0b\x32\x19.loraplane.v1.EngineState\"a\n\x0cStepLogprobs\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"g\n\x0f\x46inishedRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .loraplane.v1.EngineFinishReason\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x7f\n\x0c\x41\x64\x61pterEvent\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12)\n\x05place\x18\x02 \x01(\x0e\x32\x1a.loraplane.v1.AdapterPlace\x12\x11\n\tnum_pages\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"L\n\x0c\x41\x64\x61pterReady\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\nPoolCounts\x12\x10\n\x08kv_pages\x18\x01 \x01(\r\x12\x15\n\radapter_pages\x18\x02 \x01(\r\x12\x1a\n\x12idle_adapter_pages\x18\x03 \x01(\r\x12\x12\n\nfree_pages\x18\x04 \x01(\r\"\x83\x01\n\nStepTiming\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12num_prefill_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_decode_tokens\x18\x04 \x01(\r\"e\n\x0b\x45ngineState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11held_request_keys\x18\x02 \x03(\x04\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplane.v1.AdapterEvent*\xea\x01\n\x12\x45ngineFinishReason\x12$\n ENGINE_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NGINE_FINISH_REASON_EOS\x10\x01\x12#\n\x1f\x45NGINE_FINISH_REASON_STOP_TOKEN\x10\x02\x12\x1f\n\x1b\x45NGINE_FINISH_REASON_LENGTH\x10\x03\x12\'\n#ENGINE_FINISH_REASON_ADAPTER_FAILED\x10\x04\x12!\n\x1d\x45NGINE_FINISH_REASON_REJECTED\x10\x05*\xad\x01\n\x0c\x41\x64\x61pterPlace\x12\x1d\n\x19\x41\x44\x41PTER_PLACE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x44\x41PTER_PLACE_NONE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_PLACE_FETCHING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_PLACE_HOST\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_PLACE_DEVICE\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_PLACE_FAILED\x10\x05\x32\x9d\x01\n\x10\x44\x61taPlaneService\x12I\n\x08\x44\x65scribe\x12\x1d.loraplane.v1.DescribeRequest\x1a\x1e.loraplane.v1.DescribeResponse\x12>\n\x03Run\x12\x18.loraplane.v1.RunRequest\x1a\x19.loraplane.v1.RunResponse(\x01\x30\x01\x42*\n\x0cloraplane.v1P\x01Z\x18loraplane/v1;loraplanev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/loraplane/v1/data_plane.proto\x12\x0cloraplane.v1\x1a\x1egoogle/protobuf/duration.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x92\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\t\x12-\n\x05model\x18\x03 \x01(\x0b\x32\x1e.loraplane.v1.ModelDescription\x12+\n\x04pool\x18\x04 \x01(\x0b\x32\x1d.loraplane.v1.PoolDescription\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x15\n\rmax_lora_rank\x18\t \x01(\r\x12\x18\n\x10host_cache_bytes\x18\n \x01(\x04\"\xee\x01\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12+\n\x07modules\x18\n \x03(\x0b\x32\x1a.loraplane.v1.LinearModule\"G\n\x0cLinearModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\r\x12\x14\n\x0cout_features\x18\x03 \x01(\r\"M\n\x0fPoolDescription\x12\x11\n\tnum_pages\x18\x01 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x02 \x01(\r\x12\x12\n\npage_elems\x18\x03 \x01(\r\"j\n\nRunRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.loraplane.v1.HelloH\x00\x12+\n\x06update\x18\x02 \x01(\x0b\x32\x19.loraplane.v1.BatchUpdateH\x00\x42\t\n\x07message\"8\n\x0bRunResponse\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.loraplane.v1.StepReport\"*\n\x05Hello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xb4\x01\n\x0b\x42\x61tchUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x61\x62ort\x18\x02 \x03(\x04\x12,\n\x05\x61\x64mit\x18\x03 \x03(\x0b\x32\x1d.loraplane.v1.AdmittedRequest\x12+\n\x08prefetch\x18\x04 \x01(\x0b\x32\x19.loraplane.v1.AdapterList\x12)\n\x06pinned\x18\x05 \x01(\x0b\x32\x19.loraplane.v1.AdapterList\"\x1e\n\x0b\x41\x64\x61pterList\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"\xb0\x01\n\x0f\x41\x64mittedRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.loraplane.v1.EngineSampling\"\xb1\x02\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xb2\x03\n\nStepReport\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0e\x61pplied_update\x18\x02 \x01(\x04\x12\x14\n\x0crequest_keys\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.loraplane.v1.StepLogprobs\x12/\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x1d.loraplane.v1.FinishedRequest\x12\x0f\n\x07starved\x18\x07 \x03(\x04\x12\x32\n\x0e\x61\x64\x61pter_events\x18\x08 \x03(\x0b\x32\x1a.loraplane.v1.AdapterEvent\x12\x31\n\radapter_ready\x18\t \x03(\x0b\x32\x1a.loraplane.v1.AdapterReady\x12&\n\x04pool\x18\n \x01(\x0b\x32\x18.loraplane.v1.PoolCounts\x12(\n\x06timing\x18\x0b \x01(\x0b\x32\x18.loraplane.v1.StepTiming\x12(\n\x05state\x18\x0c \x01(\x0b\x32\x19.loraplane.v1.EngineState\"a\n\x0cStepLogprobs\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"g\n\x0f\x46inishedRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .loraplane.v1.EngineFinishReason\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x7f\n\x0c\x41\x64\x61pterEvent\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12)\n\x05place\x18\x02 \x01(\x0e\x32\x1a.loraplane.v1.AdapterPlace\x12\x11\n\tnum_pages\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"L\n\x0c\x41\x64\x61pterReady\x12\x13\n\x0brequest_key\x18\x01 \x01(\x04\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\nPoolCounts\x12\x10\n\x08kv_pages\x18\x01 \x01(\r\x12\x15\n\radapter_pages\x18\x02 \x01(\r\x12\x1a\n\x12idle_adapter_pages\x18\x03 \x01(\r\x12\x12\n\nfree_pages\x18\x04 \x01(\r\"\x83\x01\n\nStepTiming\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12num_prefill_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_decode_tokens\x18\x04 \x01(\r\"e\n\x0b\x45ngineState\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11held_request_keys\x18\x02 \x03(\x04\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplane.v1.AdapterEvent*\xea\x01\n\x12\x45ngineFinishReason\x12$\n ENGINE_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45NGINE_FINISH_REASON_EOS\x10\x01\x12#\n\x1f\x45NGINE_FINISH_REASON_STOP_TOKEN\x10\x02\x12\x1f\n\x1b\x45NGINE_FINISH_REASON_LENGTH\x10\x03\x12\'\n#ENGINE_FINISH_REASON_ADAPTER_FAILED\x10\x04\x12!\n\x1d\x45NGINE_FINISH_REASON_REJECTED\x10\x05*\xad\x01\n\x0c\x41\x64\x61pterPlace\x12\x1d\n\x19\x41\x44\x41PTER_PLACE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x44\x41PTER_PLACE_NONE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_PLACE_FETCHING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_PLACE_HOST\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_PLACE_DEVICE\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_PLACE_FAILED\x10\x05\x32\x9d\x01\n\x10\x44\x61taPlaneService\x12I\n\x08\x44\x65scribe\x12\x1d.loraplane.v1.DescribeRequest\x1a\x1e.loraplane.v1.DescribeResponse\x12>\n\x03Run\x12\x18.loraplane.v1.RunRequest\x1a\x19.loraplane.v1.RunResponse(\x01\x30\x01\x42*\n\x0cloraplane.v1P\x01Z\x18loraplane/v1;loraplanev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.loraplane.v1.data_pl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014loraplane.v1P\001Z\030loraplane/v1;loraplanev1'
-  _globals['_ENGINEFINISHREASON']._serialized_start=2875
-  _globals['_ENGINEFINISHREASON']._serialized_end=3109
-  _globals['_ADAPTERPLACE']._serialized_start=3112
-  _globals['_ADAPTERPLACE']._serialized_end=3285
+  _globals['_ENGINEFINISHREASON']._serialized_start=2876
+  _globals['_ENGINEFINISHREASON']._serialized_end=3110
+  _globals['_ADAPTERPLACE']._serialized_start=3113
+  _globals['_ADAPTERPLACE']._serialized_end=3286
   _globals['_DESCRIBEREQUEST']._serialized_start=86
   _globals['_DESCRIBEREQUEST']._serialized_end=103
   _globals['_DESCRIBERESPONSE']._serialized_start=106
@@ -50,33 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNREQUEST']._serialized_start=775
   _globals['_RUNREQUEST']._serialized_end=881
   _globals['_RUNRESPONSE']._serialized_start=883
-  _globals['_RUNRESPONSE']._serialized_end=938
-  _globals['_HELLO']._serialized_start=940
-  _globals['_HELLO']._serialized_end=982
-  _globals['_BATCHUPDATE']._serialized_start=985
-  _globals['_BATCHUPDATE']._serialized_end=1165
-  _globals['_ADAPTERLIST']._serialized_start=1167
-  _globals['_ADAPTERLIST']._serialized_end=1197
-  _globals['_ADMITTEDREQUEST']._serialized_start=1200
-  _globals['_ADMITTEDREQUEST']._serialized_end=1376
-  _globals['_ENGINESAMPLING']._serialized_start=1379
-  _globals['_ENGINESAMPLING']._serialized_end=1684
-  _globals['_STEPREPORT']._serialized_start=1687
-  _globals['_STEPREPORT']._serialized_end=2121
-  _globals['_STEPLOGPROBS']._serialized_start=2123
-  _globals['_STEPLOGPROBS']._serialized_end=2220
-  _globals['_FINISHEDREQUEST']._serialized_start=2222
-  _globals['_FINISHEDREQUEST']._serialized_end=2325
-  _globals['_ADAPTEREVENT']._serialized_start=2327
-  _globals['_ADAPTEREVENT']._serialized_end=2454
-  _globals['_ADAPTERREADY']._serialized_start=2456
-  _globals['_ADAPTERREADY']._serialized_end=2532
-  _globals['_POOLCOUNTS']._serialized_start=2534
-  _globals['_POOLCOUNTS']._serialized_end=2635
-  _globals['_STEPTIMING']._serialized_start=2638
-  _globals['_STEPTIMING']._serialized_end=2769
-  _globals['_ENGINESTATE']._serialized_start=2771
-  _globals['_ENGINESTATE']._serialized_end=2872
-  _globals['_DATAPLANESERVICE']._serialized_start=3288
-  _globals['_DATAPLANESERVICE']._serialized_end=3445
+  _globals['_RUNRESPONSE']._serialized_end=939
+  _globals['_HELLO']._serialized_start=941
+  _globals['_HELLO']._serialized_end=983
+  _globals['_BATCHUPDATE']._serialized_start=986
+  _globals['_BATCHUPDATE']._serialized_end=1166
+  _globals['_ADAPTERLIST']._serialized_start=1168
+  _globals['_ADAPTERLIST']._serialized_end=1198
+  _globals['_ADMITTEDREQUEST']._serialized_start=1201
+  _globals['_ADMITTEDREQUEST']._serialized_end=1377
+  _globals['_ENGINESAMPLING']._serialized_start=1380
+  _globals['_ENGINESAMPLING']._serialized_end=1685
+  _globals['_STEPREPORT']._serialized_start=1688
+  _globals['_STEPREPORT']._serialized_end=2122
+  _globals['_STEPLOGPROBS']._serialized_start=2124
+  _globals['_STEPLOGPROBS']._serialized_end=2221
+  _globals['_FINISHEDREQUEST']._serialized_start=2223
+  _globals['_FINISHEDREQUEST']._serialized_end=2326
+  _globals['_ADAPTEREVENT']._serialized_start=2328
+  _globals['_ADAPTEREVENT']._serialized_end=2455
+  _globals['_ADAPTERREADY']._serialized_start=2457
+  _globals['_ADAPTERREADY']._serialized_end=2533
+  _globals['_POOLCOUNTS']._serialized_start=2535
+  _globals['_POOLCOUNTS']._serialized_end=2636
+  _globals['_STEPTIMING']._serialized_start=2639
+  _globals['_STEPTIMING']._serialized_end=2770
+  _globals['_ENGINESTATE']._serialized_start=2772
+  _globals['_ENGINESTATE']._serialized_end=2873
+  _globals['_DATAPLANESERVICE']._serialized_start=3289
+  _globals['_DATAPLANESERVICE']._serialized_end=3446
 # @@protoc_insertion_point(module_scope)

@@ -323,23 +323,23 @@ Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
 
 @_typing.final
 class RunResponse(_message.Message):
-    """RunResponse carries one report."""
+    """RunResponse carries what happened since the last one. A control plane that falls behind gets fewer, longer responses."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REPORT_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def report(self) -> Global___StepReport:
-        """What a step did."""
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepReport]:
+        """What each step did, oldest first; at least one."""
 
     def __init__(
         self,
         *,
-        report: Global___StepReport | None = ...,
+        reports: _abc.Iterable[Global___StepReport] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

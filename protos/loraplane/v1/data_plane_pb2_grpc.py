@@ -59,7 +59,7 @@ class DataPlaneServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """Drives the running batch: changes to the standing set go in, one report per step comes out. One session at a time; a new
+        """Drives the running batch: changes to the standing set go in, a report per step comes out. One session at a time; a new
         one takes over and ends the old stream with ABORTED (reason SESSION_TAKEN_OVER).
 
         The first update carries hello; the first report answers it with everything held. The session then aborts what it does not

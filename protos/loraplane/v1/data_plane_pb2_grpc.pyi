@@ -36,7 +36,7 @@ class DataPlaneServiceStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_data_plane_pb2.DescribeRequest, _data_plane_pb2.DescribeResponse]
     """Returns what this data plane is: model, page geometry, limits, device, and the epoch of this start."""
     Run: _grpc.StreamStreamMultiCallable[_data_plane_pb2.RunRequest, _data_plane_pb2.RunResponse]
-    """Drives the running batch: changes to the standing set go in, one report per step comes out. One session at a time; a new
+    """Drives the running batch: changes to the standing set go in, a report per step comes out. One session at a time; a new
     one takes over and ends the old stream with ABORTED (reason SESSION_TAKEN_OVER).
 
     The first update carries hello; the first report answers it with everything held. The session then aborts what it does not
@@ -57,7 +57,7 @@ class DataPlaneServiceAsyncStub(DataPlaneServiceStub):
     Describe: _aio.UnaryUnaryMultiCallable[_data_plane_pb2.DescribeRequest, _data_plane_pb2.DescribeResponse]  # type: ignore[assignment]
     """Returns what this data plane is: model, page geometry, limits, device, and the epoch of this start."""
     Run: _aio.StreamStreamMultiCallable[_data_plane_pb2.RunRequest, _data_plane_pb2.RunResponse]  # type: ignore[assignment]
-    """Drives the running batch: changes to the standing set go in, one report per step comes out. One session at a time; a new
+    """Drives the running batch: changes to the standing set go in, a report per step comes out. One session at a time; a new
     one takes over and ends the old stream with ABORTED (reason SESSION_TAKEN_OVER).
 
     The first update carries hello; the first report answers it with everything held. The session then aborts what it does not
@@ -87,7 +87,7 @@ class DataPlaneServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_data_plane_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_data_plane_pb2.RunResponse], _abc.AsyncIterator[_data_plane_pb2.RunResponse]]:
-        """Drives the running batch: changes to the standing set go in, one report per step comes out. One session at a time; a new
+        """Drives the running batch: changes to the standing set go in, a report per step comes out. One session at a time; a new
         one takes over and ends the old stream with ABORTED (reason SESSION_TAKEN_OVER).
 
         The first update carries hello; the first report answers it with everything held. The session then aborts what it does not

@@ -1,7 +1,7 @@
 """Requests, data planes and a wire with any delay between the scheduler and an engine that counts pages for real."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -11,6 +11,9 @@ from controlplane.scheduling import EndedRequest, FcfsPolicy, Request, RequestSt
 from protos.planes import BatchUpdate, EngineSampling, StepReport
 
 PAGE_TOKENS = GEOMETRY.page_tokens
+
+# A control plane that falls behind gets several reports at once: deliveries take turns at 1, 2, ... of them.
+MAX_REPORTS_TOGETHER = 4
 
 
 def _spec(
@@ -93,6 +96,7 @@ class Harness:
         self.admitted: dict[Request, None] = {}  # in the order of their first admission
         self.ended: dict[Request, EndedRequest] = {}
         self.num_epochs = 0
+        self._num_deliveries = 0
         for number in range(len(configs)):
             self.connect(number)
 
@@ -133,7 +137,7 @@ class Harness:
         self.wires[address] = wire
         description = _description(self.configs[number], wire.engine.epoch)
         self.scheduler.data_plane_connected(address, description, first.state)
-        self._take(address, first)
+        self._take(address, [first])
 
     def lose(self, number: int) -> Wire:
         """Breaks the session; what was on its way is lost."""
@@ -147,7 +151,9 @@ class Harness:
         wire = self.wires[address]
         if not wire.reports:
             return False
-        self._take(address, wire.reports.popleft())
+        self._num_deliveries += 1
+        size = min(1 + self._num_deliveries % MAX_REPORTS_TOGETHER, len(wire.reports))
+        self._take(address, [wire.reports.popleft() for _ in range(size)])
         return True
 
     def expire(self) -> None:
@@ -200,13 +206,14 @@ class Harness:
             for key, request in data_plane.running.items():
                 assert (request.state, request.request_key, request.address) == (RequestState.RUNNING, key, address)
 
-    def _take(self, address: str, report: StepReport) -> None:
-        events = self.scheduler.update_from_report(address, report, self.now)
+    def _take(self, address: str, reports: Sequence[StepReport]) -> None:
+        events = self.scheduler.update_from_reports(address, reports, self.now)
         self.started += events.started
-        for request, token_id, _ in events.tokens:
+        for request, token_ids, _ in events.tokens:
             assert request not in self.ended
-            self.tokens[request].append(token_id)
+            self.tokens[request] += token_ids
         self._end(events.ended)
+        report = reports[-1]
         ledger = self.scheduler.connected[address].ledger
         if report.applied_update >= self.wires[address].clean_at:
             assert report.pool.kv_pages <= ledger.kv_pages, "the data plane holds more KV than the ledger says"

@@ -1,0 +1,51 @@
+"""Writes what a benchmark measured as JSON under benchmarks/results/, with everything needed to judge it later."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write_result(name: str, measured: Mapping[str, object], packages: tuple[str, ...], device: str | None = None) -> Path:
+    """Writes results/<name>.json: `measured`, and device, versions, commit, date and command beside it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    about = {
+        "device": device or cpu_name(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+    }
+    path.write_text(json.dumps({**about, **measured}, indent=2) + "\n")
+    return path
+
+
+def cpu_name() -> str:
+    """The processor and how many cores of it may be used."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The commit of the checkout, marked if files that git knows have changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name

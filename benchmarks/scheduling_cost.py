@@ -1,0 +1,76 @@
+"""How long the scheduler takes for one report, with a full batch and a long queue: pure logic, no I/O."""
+
+import itertools
+import random
+import statistics
+import time
+
+from benchmarks.null_engine import NullConfig, NullEngine
+from controlplane.messages import AdapterRef, DataPlaneDescription, RequestSpec
+from controlplane.scheduling import Scheduler, SchedulerConfig
+from protos.planes import EngineSampling
+
+ADDRESS = "data plane"
+NUM_REPORTS = 2000
+NUM_ADAPTERS = 500
+
+
+def measure_scheduling(num_running: int, num_waiting: int) -> dict[str, float]:
+    """Milliseconds of update_from_reports and schedule per report, while requests of many adapters come and go."""
+    config = NullConfig(num_pages=num_running * 16, max_num_seqs=num_running)
+    engine = NullEngine(config)
+    scheduler = Scheduler(SchedulerConfig(max_waiting=2 * num_waiting))
+    state = engine.open_session().state
+    assert state is not None
+    scheduler.data_plane_connected(ADDRESS, _description(config), state)
+    rng, numbers = random.Random(0), itertools.count()
+    now = 0.0
+    times_s: list[float] = []
+    while len(times_s) < NUM_REPORTS:
+        while scheduler.num_waiting < num_waiting:
+            scheduler.add(_spec(rng, next(numbers)), now)
+        for _, update in scheduler.schedule(now).updates:
+            engine.apply(update)
+        report = engine.step()
+        now += 0.01
+        if report is None:
+            continue
+        started = time.perf_counter()
+        scheduler.update_from_reports(ADDRESS, [report], now)
+        schedule = scheduler.schedule(now)
+        elapsed_s = time.perf_counter() - started
+        for _, update in schedule.updates:
+            engine.apply(update)
+        if scheduler.num_running >= 0.9 * num_running:
+            times_s.append(elapsed_s)
+    quantiles = statistics.quantiles(times_s, n=100, method="inclusive")
+    return {
+        "num_running": scheduler.num_running,
+        "num_waiting": num_waiting,
+        "mean_ms": statistics.mean(times_s) * 1e3,
+        "p50_ms": quantiles[49] * 1e3,
+        "p99_ms": quantiles[98] * 1e3,
+    }
+
+
+def _spec(rng: random.Random, number: int) -> RequestSpec:
+    adapter = rng.randrange(NUM_ADAPTERS)
+    sampling = EngineSampling(max_tokens=rng.randrange(50, 150), seed=number)
+    ref = AdapterRef(f"adapter-{adapter}", f"{adapter:064x}", 2)
+    return RequestSpec(f"request-{number}", tuple(range(rng.randrange(8, 64))), ref, sampling)
+
+
+def _description(config: NullConfig) -> DataPlaneDescription:
+    return DataPlaneDescription(
+        epoch=1,
+        version="null",
+        geometry=config.geometry,
+        architecture="Null",
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        num_pages=config.num_pages,
+        device="none",
+        max_num_seqs=config.max_num_seqs,
+        token_budget=config.token_budget,
+        max_model_len=config.max_model_len,
+    )

@@ -1,0 +1,83 @@
+"""Opens many Generate streams at once and reads them to their end; prints one line of JSON with what it saw."""
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from benchmarks.stamps import age_s
+from protos.loraplane.v1 import inference_pb2 as pb
+from protos.loraplane.v1 import inference_pb2_grpc as pb_grpc
+
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class Seen:
+    """What all streams together received, from the first chunk to the last."""
+
+    num_messages: int = 0
+    num_tokens: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    ages_s: list[float] = field(default_factory=list)
+
+
+async def _read(stub: "pb_grpc.InferenceServiceAsyncStub", request: pb.GenerateRequest, seen: Seen, with_ages: bool) -> None:
+    async for response in stub.Generate(request, timeout=TIMEOUT_S):
+        if not response.HasField("chunk"):
+            continue
+        now = time.monotonic()
+        seen.first_at = seen.first_at or now
+        seen.last_at = now
+        seen.num_messages += 1
+        seen.num_tokens += len(response.chunk.token_ids)
+        if with_ages:
+            seen.ages_s += [age_s(token_id, now) for token_id in response.chunk.token_ids]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that this share of the values does not exceed."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+async def run(address: str, num_streams: int, num_tokens: int, with_ages: bool) -> dict[str, float]:
+    """Streams, all at once; the rates count from the first chunk to the last."""
+    seen = Seen()
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1, 2, 3]),
+        sampling=pb.SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
+    )
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.InferenceServiceStub(channel)
+        await asyncio.gather(*(_read(stub, request, seen, with_ages) for _ in range(num_streams)))
+    wall_s = seen.last_at - seen.first_at
+    result = {
+        "messages_per_s": seen.num_messages / wall_s,
+        "tokens_per_s": seen.num_tokens / wall_s,
+        "tokens_per_message": seen.num_tokens / seen.num_messages,
+        "wall_s": wall_s,
+    }
+    if with_ages:
+        result |= {f"latency_p{p}_ms": percentile(seen.ages_s, p) * 1e3 for p in (50, 99)}
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256, help="per stream")
+    parser.add_argument("--latency", action="store_true", help="token ids are stamps: report how old they are")
+    args = parser.parse_args()
+    print(json.dumps(asyncio.run(run(args.server, args.streams, args.tokens, args.latency))))
+
+
+if __name__ == "__main__":
+    main()
