@@ -145,8 +145,8 @@ class ImageStore:
             try:
                 if time.time() - temp.stat().st_mtime > STALE_TEMP_S:
                     temp.unlink(missing_ok=True)
-            except FileNotFoundError:
-                continue
+            except OSError:
+                continue  # gone meanwhile, or this is a data plane that may only read
 
 
 def _is_digest(text: str) -> bool:

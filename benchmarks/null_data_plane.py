@@ -153,7 +153,7 @@ async def serve(
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", 16 << 20),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
     )

@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DataPlaneService"].full_name
 
-# An update carries prompts in full: room for a batch of them.
-MAX_MESSAGE_BYTES = 64 << 20
+# An update carries prompts in full, and a control plane cuts it well below this.
+MAX_MESSAGE_BYTES = 16 << 20
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -29,7 +29,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     # Two processes on one port would each get some of the calls.
     ("grpc.so_reuseport", 0),
 )

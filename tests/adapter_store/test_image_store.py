@@ -1,5 +1,6 @@
 """An image is in the store whole and true, or not at all."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -154,6 +155,22 @@ def test_opening_sweeps_what_a_crashed_writer_left_and_nothing_else(make_image: 
     os.utime(old, (age, age))
     ImageStore(tmp_path)
     assert files(tmp_path) == sorted([f"{image.digest}.image", "young.partial"])
+
+
+def test_a_store_that_may_only_be_read_opens_beside_what_it_cannot_sweep(
+    make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = make_image(1)
+    ImageStore(tmp_path).publish(image)
+    stale = tmp_path / "left.partial"
+    stale.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert ImageStore(tmp_path).digests() == (image.digest,)
 
 
 def test_writers_of_the_same_image_do_not_disturb_each_other(
