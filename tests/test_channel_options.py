@@ -1,15 +1,16 @@
 """gRPC passes over options that it does not know, so a misspelt one goes unnoticed until a connection dies in production."""
 
+import importlib.util
 import re
 from pathlib import Path
-
-from grpc._cython import cygrpc
 
 OPTION = re.compile(r'\(\s*"(grpc\.[a-z0-9_.]+)"\s*,')
 
 
 def test_every_channel_option_is_one_that_grpc_knows(repository: Path) -> None:
-    library = Path(cygrpc.__file__).read_bytes()
+    spec = importlib.util.find_spec("grpc._cython.cygrpc")
+    assert spec is not None and spec.origin is not None
+    library = Path(spec.origin).read_bytes()
     used: dict[str, str] = {}
     for package in ("controlplane", "dataplane", "benchmarks", "examples"):
         for source in sorted((repository / package).rglob("*.py")):
