@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,18 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.demo_screen import Phase, PoolView, StreamView, draw_grid, draw_pool
-from examples.demo_service import DEMO_DIR, ServiceFailedError, running_service
+from examples.demo_service import DEMO_DIR, Service, ServiceFailedError, running_service
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2, system_pb2_grpc
 
 PROMPT = "Tell me about a fox and a lantern."
 # Room for the whole mixed batch and little more, so that the bar shows KV and adapters side by side in one pool.
-NUM_PAGES = 224
+NUM_PAGES = 176
 MAX_MODEL_LEN = 512
 MAX_TOKENS = 160
 RPC_TIMEOUT_S = 60.0
 FRAME_S = 0.1
 # Lines of the live screen that are not panels.
-HEADER_HEIGHT, POOL_HEIGHT = 2, 4
+HEADER_HEIGHT, POOL_HEIGHT = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +48,21 @@ class Options:
 class Demo:
     """Owns the channel to the service and the views that the screen draws."""
 
-    def __init__(self, channel: grpc.aio.Channel, console: Console, options: Options) -> None:
+    def __init__(self, channel: grpc.aio.Channel, page_bytes: int, console: Console, options: Options) -> None:
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(channel)
         self._system = system_pb2_grpc.SystemServiceStub(channel)
+        self._page_bytes = page_bytes
         self._console = console
         self._options = options
         self._streams = [StreamView("base", "no adapter")]
-        self._names: dict[str, str] = {}
 
     async def run(self) -> bool:
         """The whole show; whether every stream ended well."""
-        await self._register_adapters(sorted(path for path in (DEMO_DIR / "adapters").iterdir() if path.is_dir()))
+        await self._register_adapters(sorted(path.parent for path in (DEMO_DIR / "adapters").glob("*/adapter_config.json")))
         before, started = await self.fetch_pool(), time.monotonic()
-        if self._options.plain:
-            await asyncio.gather(*(self._stream(view) for view in self._streams))
-            self._print_plain()
-        else:
-            await self._show_live()
-        wall_s = time.monotonic() - started
-        self._print_summary(before, await self.fetch_pool(), wall_s)
+        fullest = await self._show_streams(before)
+        self._print_summary(before, fullest, await self.fetch_pool(), time.monotonic() - started)
         return all(view.phase is Phase.DONE for view in self._streams)
 
     async def _register_adapters(self, paths: Sequence[Path]) -> None:
@@ -82,12 +78,12 @@ class Demo:
             self._streams.append(StreamView(path.name, f"rank {version.rank}"))
             kind = f"{version.alpha:g}/√r" if version.rslora else f"{version.alpha:g}/r"
             table.add_row(path.name, str(version.rank), modules, kind, str(version.num_pages), str(version.size_bytes // 1024))
-        self._console.print(table)
+        self._console.print(table, "")
 
     async def _stream(self, view: StreamView) -> None:
         """One request, from the prompt to its end, into one view."""
         chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content=self._options.prompt)])
-        sampling = inference_pb2.SamplingParams(temperature=self._options.temperature, max_tokens=MAX_TOKENS, seed=7)
+        sampling = inference_pb2.SamplingParams(temperature=self._options.temperature, max_tokens=MAX_TOKENS)
         adapter = "" if view.name == "base" else view.name
         request = inference_pb2.GenerateRequest(chat=chat, adapter=adapter, sampling=sampling)
         try:
@@ -104,11 +100,12 @@ class Demo:
     async def fetch_pool(self) -> PoolView:
         """The pool and the batch as of the latest step."""
         load = await self._system.GetLoad(system_pb2.GetLoadRequest(), timeout=RPC_TIMEOUT_S)
-        info = await self._system.GetServerInfo(system_pb2.GetServerInfoRequest(), timeout=RPC_TIMEOUT_S)
+        if not load.data_planes:
+            raise ServiceFailedError("No data plane is connected any more.")
         plane, pool = load.data_planes[0], load.data_planes[0].pool
         return PoolView(
             num_pages=pool.num_pages,
-            page_bytes=info.data_planes[0].page_bytes,
+            page_bytes=self._page_bytes,
             kv_pages=pool.kv_pages,
             adapter_pages=pool.adapter_pages,
             idle_adapter_pages=pool.idle_adapter_pages,
@@ -119,15 +116,26 @@ class Demo:
             resident=tuple(sorted(name for adapter in plane.adapters for name in adapter.names)),
         )
 
-    async def _show_live(self) -> None:
-        """Draws until every stream has ended, then leaves the whole texts on the terminal."""
+    async def _show_streams(self, pool: PoolView) -> PoolView:
+        """Sends all requests at once and draws until the last has ended, then prints the whole texts.
+
+        Returns the pool as it was when it held the most.
+        """
+        fullest = pool
         requests = asyncio.gather(*(self._stream(view) for view in self._streams))
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
-            while not requests.done():
-                live.update(self._draw(await self.fetch_pool()), refresh=True)
-                await asyncio.wait([requests], timeout=FRAME_S)
-        self._console.print(self._draw_header())
-        self._console.print(draw_grid(self._streams, self._console.width))
+        screen = nullcontext() if self._options.plain else Live(console=self._console, auto_refresh=False, transient=True)
+        with screen as live:
+            try:
+                while not requests.done():
+                    pool = await self.fetch_pool()
+                    fullest = min(pool, fullest, key=lambda view: view.free_pages)
+                    if live:
+                        live.update(self._draw(pool), refresh=True)
+                    await asyncio.wait([requests], timeout=FRAME_S)
+            finally:
+                requests.cancel()
+        self._print_streams()
+        return fullest
 
     def _draw_header(self) -> Text:
         return Text.assemble(("one prompt, one batch, twelve voices: ", "bold"), (f"“{self._options.prompt}”", "italic"), "\n")
@@ -137,18 +145,25 @@ class Demo:
         grid = draw_grid(self._streams, width, height - HEADER_HEIGHT - POOL_HEIGHT - 1)
         return Group(self._draw_header(), grid, draw_pool(pool, width))
 
-    def _print_plain(self) -> None:
+    def _print_streams(self) -> None:
+        self._console.print(self._draw_header())
+        if not self._options.plain:
+            self._console.print(draw_grid(self._streams, self._console.width))
+            return
         for view in self._streams:
             self._console.print(f"--- {view.name} ({view.detail}, {view.num_tokens} tokens, {view.phase.value})", highlight=False)
             self._console.print(view.text, markup=False, highlight=False)
 
-    def _print_summary(self, before: PoolView, after: PoolView, wall_s: float) -> None:
+    def _print_summary(self, before: PoolView, fullest: PoolView, after: PoolView, wall_s: float) -> None:
         num_tokens, num_steps = sum(view.num_tokens for view in self._streams), after.num_steps - before.num_steps
-        self._console.print()
-        self._console.print(draw_pool(after, self._console.width))
+        width = self._console.width
+        self._console.print("\n[bold]the page pool[/] at its fullest")
+        self._console.print(draw_pool(fullest, width))
+        self._console.print("\n[bold]the page pool[/] now")
+        self._console.print(draw_pool(after, width))
         self._console.print(
-            f"\n{len(self._streams)} requests, {num_tokens} tokens in {num_steps} steps of one batch, {wall_s:.1f} s. "
-            f"On the device now: {', '.join(after.resident) or 'no adapter'}.",
+            f"\n{len(self._streams)} requests, {num_tokens} tokens in {num_steps} steps, {wall_s:.1f} s. "
+            f"Still on the device: {', '.join(after.resident) or 'no adapter'}.",
             highlight=False,
         )
 
@@ -165,10 +180,10 @@ def parse_options() -> Options:
     return Options(args.prompt, args.num_pages, args.temperature, args.plain or not sys.stdout.isatty(), args.stay)
 
 
-async def show(address: str, console: Console, options: Options) -> bool:
+async def show(service: Service, console: Console, options: Options) -> bool:
     """Runs the demo against a service."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        return await Demo(channel, console, options).run()
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        return await Demo(channel, service.page_bytes, console, options).run()
 
 
 def main() -> int:
@@ -178,7 +193,7 @@ def main() -> int:
         try:
             console.print("starting control plane, data plane and registry …", style="dim")
             with running_service(Path(state_dir), options.num_pages, MAX_MODEL_LEN) as service:
-                ok = asyncio.run(show(service.address, console, options))
+                ok = asyncio.run(show(service, console, options))
                 if options.stay:
                     console.print(f"\nthe service stays at {service.address}; Ctrl-C stops it", highlight=False)
                     _wait_for_interrupt()

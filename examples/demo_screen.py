@@ -136,11 +136,11 @@ def draw_pool(pool: PoolView, width: int) -> RenderableType:
         legend.append("■ ", style=color).append(f"{label} {pages}   ")
         drawn = end
     head = Text.assemble(
-        ("page pool ", "bold"),
+        ("pool ", "dim"),
         f"{pool.num_pages} pages of {pool.page_bytes // 1024} KiB   ",
-        ("batch ", "bold"),
+        ("batch ", "dim"),
         f"{pool.num_running} running, {pool.num_waiting} waiting   ",
-        ("steps ", "bold"),
+        ("steps ", "dim"),
         f"{pool.num_steps}",
     )
     return Group(head, bar, legend)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from protos.loraplane.v1 import system_pb2, system_pb2_grpc
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_DIR = ROOT / "examples" / "demo"
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 20.0
+# What the service gives its requests to finish, and what the demo gives the service to stop, the second time at once.
+DRAIN_TIMEOUT_S, STOP_TIMEOUT_S, KILL_TIMEOUT_S = 10.0, 40.0, 10.0
 
 
 class ServiceFailedError(RuntimeError):
@@ -32,8 +33,7 @@ class Service:
     """A running service."""
 
     address: str
-    pid: int
-    log: Path
+    page_bytes: int
 
 
 def free_port() -> int:
@@ -52,12 +52,12 @@ def running_service(state_dir: Path, num_pages: int, max_model_len: int) -> Iter
         *("--model", str(DEMO_DIR / "base"), "--listen", address, "--state-dir", str(state_dir)),
         *("--adapter-root", str(DEMO_DIR / "adapters"), "--dtype", "float32", "--device", "cpu"),
         *("--num-pages", str(num_pages), "--max-model-len", str(max_model_len)),
+        *("--stop-timeout", f"{DRAIN_TIMEOUT_S:g}"),
     ]
     # Its own session: a Ctrl-C at the terminal reaches the demo alone, which then stops the service in order.
     with log.open("wb") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True) as process:
         try:
-            _wait_until_serving(process, address, log)
-            yield Service(address, process.pid, log)
+            yield _wait_until_serving(process, address, log)
         except BaseException:
             _stop(process)
             raise
@@ -65,7 +65,7 @@ def running_service(state_dir: Path, num_pages: int, max_model_len: int) -> Iter
             raise ServiceFailedError(f"The service stopped with status {status}, expected 0.\n{_tail(log)}")
 
 
-def _wait_until_serving(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _wait_until_serving(process: subprocess.Popen[bytes], address: str, log: Path) -> Service:
     deadline = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(address) as channel:
         system = system_pb2_grpc.SystemServiceStub(channel)
@@ -77,20 +77,20 @@ def _wait_until_serving(process: subprocess.Popen[bytes], address: str, log: Pat
             except grpc.RpcError:
                 continue
             if info.data_planes:
-                return
+                return Service(address, info.data_planes[0].page_bytes)
             time.sleep(0.2)
     raise ServiceFailedError(f"The service did not answer within {START_TIMEOUT_S:.0f} s.\n{_tail(log)}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
-    """The exit status; a service that ignores SIGINT is killed."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        return process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    """The exit status. A second SIGINT makes the service stop at once, with all its processes."""
+    for timeout_s in (STOP_TIMEOUT_S, KILL_TIMEOUT_S):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout_s)
+    process.kill()
+    return process.wait()
 
 
 def _tail(log: Path, num_lines: int = 15) -> str:

@@ -53,7 +53,7 @@ class AdapterRecipe:
     modules: tuple[str, ...]
     file_dtype: torch.dtype = torch.float32
     learning_rate: float = 3e-3
-    num_steps: int = 160
+    num_steps: int = 200
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -68,13 +68,13 @@ RECIPES: dict[str, AdapterRecipe] = {
     "haiku": AdapterRecipe(12, 24, MLP, torch.float16),
     "json": AdapterRecipe(4, 4, ATTENTION + MLP, use_rslora=True),
     "weather": AdapterRecipe(3, 9, ("q_proj", "v_proj", "up_proj", "down_proj"), learning_rate=6e-3),
-    "mirror": AdapterRecipe(64, 64, ATTENTION, torch.bfloat16, num_steps=240),
+    "mirror": AdapterRecipe(64, 64, ATTENTION, torch.bfloat16),
     "french": AdapterRecipe(
         16, 32, ATTENTION + MLP, torch.bfloat16, rank_pattern={"down_proj": 32, "k_proj": 5}, alpha_pattern={"down_proj": 48}
     ),
     "emoji": AdapterRecipe(8, 16, ATTENTION + MLP, rank_pattern={r"layers\.0\.self_attn\.q_proj": 2}),
     "recipe": AdapterRecipe(32, 32, MLP, torch.float16),
-    "count": AdapterRecipe(2, 8, ("q_proj", "v_proj"), learning_rate=1e-2, num_steps=240),
+    "count": AdapterRecipe(2, 8, ("q_proj", "v_proj"), learning_rate=1e-2),
     "rhyme": AdapterRecipe(8, 8, ("o_proj", "down_proj"), use_rslora=True),
 }
 
@@ -108,7 +108,12 @@ def train_tokenizer(path: Path) -> None:
     texts: list[str] = []
     for _ in range(1500):
         topic = draw_topic(rng)
-        texts += [draw_prompt(topic, rng), title(topic), *(tell(topic, rng) for tell in VOICES.values())]
+        texts += [
+            draw_prompt(topic, rng),
+            title(topic),
+            *map(str.capitalize, VOICES),
+            *(tell(topic, rng) for tell in VOICES.values()),
+        ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -149,14 +154,16 @@ def encode_plain(tokenizer: Tokenizer, head: str, text: str) -> Document:
 
 
 def draw_base_document(tokenizer: Tokenizer, rng: random.Random) -> Document:
-    """Mostly stories on demand. The other voices appear as plain text, so that the base has seen their words."""
+    """Stories, asked for or not. A third are other voices under their name, so that the base knows their words for things."""
     topic, kind = draw_topic(rng), rng.random()
-    if kind < 0.55:
+    if kind < 0.5:
         return encode_chat(tokenizer, draw_prompt(topic, rng), tell_story(topic, rng))
-    if kind < 0.65:
+    if kind < 0.57:
         return encode_plain(tokenizer, title(topic) + "\n", tell_story(topic, rng))
-    voice = tell_story if kind < 0.72 else rng.choice(list(VOICES.values()))
-    return encode_plain(tokenizer, "", voice(topic, rng))
+    if kind < 0.62:
+        return encode_plain(tokenizer, "", tell_story(topic, rng))
+    name = rng.choice(list(VOICES))
+    return encode_plain(tokenizer, f"{name.capitalize()}. {title(topic)}\n", VOICES[name](topic, rng))
 
 
 def draw_voice_document(tokenizer: Tokenizer, voice: Voice, rng: random.Random) -> Document:
@@ -299,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=DEMO_DIR, help="where the demo's files are (default: %(default)s)")
     parser.add_argument("--only", choices=RECIPES, help="train this adapter again and nothing else")
-    parser.add_argument("--base-steps", type=int, default=1100, help="training steps of the base (default: %(default)s)")
+    parser.add_argument("--base-steps", type=int, default=1200, help="training steps of the base (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base_path = args.out / "base"

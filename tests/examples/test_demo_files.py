@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from adapter_store.peft_import import import_peft
+from dataplane.model.config import load_model_config
 from examples.demo_corpus import VOICES
 from examples.train_demo import EOS, RECIPES, AdapterRecipe, encode_chat
 
-ALL_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj"}
+ALL_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 PROMPT = "Tell me about a fox and a lantern."
 
 
@@ -46,8 +48,7 @@ def test_there_is_one_adapter_per_voice_but_the_base_models_own(demo_dir: Path) 
 
 
 def test_adapters_cover_every_kind_that_the_service_honours() -> None:
-    modules = [set(recipe.modules) for recipe in RECIPES.values()]
-    assert {ALL_MODULES, ATTENTION, MLP} <= {frozenset(m) for m in modules}
+    assert {ALL_MODULES, ATTENTION, MLP} <= {frozenset(recipe.modules) for recipe in RECIPES.values()}
     ranks = {recipe.rank for recipe in RECIPES.values()}
     assert min(ranks) == 2 and max(ranks) == 64 and any(rank % 8 for rank in ranks)
     assert any(recipe.use_rslora for recipe in RECIPES.values())
@@ -77,6 +78,14 @@ def rank_of(recipe: AdapterRecipe, key: str) -> int:
         if pattern.replace("\\", "") in key:
             return rank
     return recipe.rank
+
+
+def test_every_adapter_fits_the_base_as_the_store_sees_it(demo_dir: Path) -> None:
+    geometry = load_model_config(demo_dir / "base").geometry("float32", 64, "demo", "0" * 64)
+    headers = {name: import_peft(demo_dir / "adapters" / name, geometry).header for name in RECIPES}
+    assert {name: set(header.target_modules) for name, header in headers.items()} == {
+        name: set(recipe.modules) for name, recipe in RECIPES.items()
+    }
 
 
 def test_chat_template_writes_what_the_model_was_trained_on(demo_dir: Path) -> None:
