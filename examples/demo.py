@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ MAX_MODEL_LEN = 512
 MAX_TOKENS = 160
 RPC_TIMEOUT_S = 60.0
 FRAME_S = 0.1
+EXIT_INTERRUPTED = 130
 # Lines of the live screen that are not panels.
 HEADER_HEIGHT, POOL_HEIGHT = 2, 3
 
@@ -134,6 +135,8 @@ class Demo:
                     await asyncio.wait([requests], timeout=FRAME_S)
             finally:
                 requests.cancel()
+                with suppress(asyncio.CancelledError):
+                    await requests
         self._print_streams()
         return fullest
 
@@ -198,7 +201,8 @@ def main() -> int:
                     console.print(f"\nthe service stays at {service.address}; Ctrl-C stops it", highlight=False)
                     _wait_for_interrupt()
         except KeyboardInterrupt:
-            return 130
+            console.print("interrupted; stopped cleanly", style="dim")
+            return EXIT_INTERRUPTED
         except (ServiceFailedError, grpc.RpcError) as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             return 1
