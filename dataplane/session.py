@@ -29,12 +29,14 @@ class Session:
     """A ReportSink whose other end is read by the event loop it was made on."""
 
     def __init__(self, session_id: str, on_room: Callable[[], None]) -> None:
-        """on_room: called from the event loop when reports that were full have room again."""
+        """on_room: called from the event loop when reports were read after the engine had found no room."""
         self._session_id = session_id
         self._on_room = on_room
         self._loop = asyncio.get_running_loop()
         # Appended by the engine, taken from by the event loop; each operation of a deque is atomic.
         self._reports: deque[StepReport] = deque()
+        # Set by the engine when it found no room, cleared by the event loop when it tells of room.
+        self._awaits_room = False
         self._ended: SessionEndedError | None = None
         self._has_news = asyncio.Event()
         self._update_credit = asyncio.Semaphore(MAX_WAITING_UPDATES)
@@ -46,6 +48,10 @@ class Session:
 
     def has_room(self) -> bool:
         """Whether another report may be sent. From the engine's thread, the only one that adds reports."""
+        if len(self._reports) < MAX_WAITING_REPORTS:
+            return True
+        # Looked at again after saying so: reports read in between were read by someone who did not know yet.
+        self._awaits_room = True
         return len(self._reports) < MAX_WAITING_REPORTS
 
     def send(self, report: StepReport) -> None:
@@ -81,9 +87,9 @@ class Session:
             self._has_news.clear()
             if not self._reports and self._ended is None:
                 await self._has_news.wait()
-        was_full = not self.has_room()
         reports = tuple(self._reports.popleft() for _ in range(len(self._reports)))
-        if was_full:
+        if self._awaits_room:
+            self._awaits_room = False
             self._on_room()
         return reports
 

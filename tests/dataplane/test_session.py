@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import deque
 
 import pytest
 
@@ -50,6 +51,28 @@ def test_room_is_told_when_full_reports_are_read_and_not_before() -> None:
         await session.next_reports()
         assert told == [1]
         assert session.has_room()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_fills_up_while_its_reports_are_read_is_told_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        told: list[int] = []
+        session = Session("s", on_room=lambda: told.append(1))
+
+        class ReadSlowly(deque[StepReport]):
+            """The engine's thread runs just before the first report is taken out."""
+
+            def popleft(self) -> StepReport:
+                if session.has_room():
+                    session.send(StepReport(99, 0))
+                    assert not session.has_room(), "the engine waits for room from here on"
+                return super().popleft()
+
+        reports = ReadSlowly(StepReport(sequence, 0) for sequence in range(MAX_WAITING_REPORTS - 1))
+        monkeypatch.setattr(session, "_reports", reports)
+        await session.next_reports()
+        assert told == [1]
 
     asyncio.run(run())
 
