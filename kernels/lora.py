@@ -56,11 +56,16 @@ class LoraOps(ABC):
     """Adds the adapter part of a linear module in place, for a batch in which every token may have another adapter."""
 
     @abstractmethod
-    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter]) -> LoraPlan:
-        """Groups a step's tokens by adapter.
+    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool = False) -> LoraPlan:
+        """Groups a step's tokens by adapter. A plan is good until the next one is made.
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
+        decode: launch the same for every batch, so that a captured graph of begin() and add() computes, at each replay, the
+            decode plan that was made last. For steps of few tokens per adapter.
         """
+
+    def begin(self, plan: LoraPlan) -> None:  # noqa: B027  (a backend may have nothing to do)
+        """Prepares a step on the device: once before its first add, and at the head of a graph that captures its adds."""
 
     @abstractmethod
     def add(

@@ -35,8 +35,8 @@ class TorchLoraPlan(LoraPlan):
 class TorchLoraOps(LoraOps):
     """Gathers each adapter's rank rows from the pool and multiplies in fp32; tokens with index -1 are never touched."""
 
-    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter]) -> TorchLoraPlan:
-        """Groups a step's tokens by adapter.
+    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool = False) -> TorchLoraPlan:
+        """Groups a step's tokens by adapter. Nothing here can be captured in a graph, so `decode` changes nothing.
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
         """

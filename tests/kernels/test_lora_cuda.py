@@ -1,0 +1,255 @@
+"""The CUDA LoRA operation against an fp64 reference: tokens, adapters, ranks, widths, modules, graphs. Needs a GPU."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernels.backend import lora_ops
+from kernels.lora import LoraAdapter, LoraOps, LoraPlan, LoraRows, LoraTarget
+from kernels.lora_torch import TorchLoraOps
+from kernels.plan_layout import LoraLimits
+
+pytestmark = pytest.mark.gpu
+
+Group = tuple[LoraTarget, ...]
+
+LIMITS = LoraLimits(max_tokens=512, max_requests=128, max_rank=256)
+# Relative error of the whole output, where the delta is larger than y: rounding y to its dtype dominates.
+TOLERANCES = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+# Sizes off every tile; a group whose modules have different widths; an input longer than its slices.
+SMALL: tuple[Group, ...] = (
+    (LoraTarget("q_proj", 264, 136, 0), LoraTarget("k_proj", 264, 72, 136), LoraTarget("v_proj", 264, 8, 208)),
+    (LoraTarget("o_proj", 136, 264, 0),),
+)
+LARGE: tuple[Group, ...] = (
+    (LoraTarget("gate_proj", 2048, 1408, 0), LoraTarget("up_proj", 2048, 1408, 1408)),
+    (LoraTarget("down_proj", 5504, 520, 0),),
+)
+SHAPES = {"small": SMALL, "large": LARGE}
+
+BATCHES: dict[str, list[int]] = {
+    "one token": [0],
+    "one token of the base": [-1],
+    "no tokens": [],
+    "one token each": [0, 1, 2, 3, 4],
+    "mixed": [0, 1, 2, 3, -1, 3, 2, 1, 0, 4, 4, 4, -1],
+    "whole tiles": [0] * 16 + [1] * 8 + [-1] * 4,
+    "off the tile": [3, 0, 1] * 9 + [2] * 13 + [-1, 4],
+    "many of one": [2] * 129,
+    "many and few": [0] * 100 + [1] * 33 + [-1] * 3 + [2] * 5 + [4] * 17 + [3],
+}
+RANKS = {"mixed": [1, 3, 7, 64, 16], "wide": [256, 200, 8, 33, 17], "some modules": [5, 0, 12, 0, 24]}
+
+
+class Pool:
+    """A layer of NaN in which rows of random weights lie at random aligned starts."""
+
+    def __init__(self, groups: Sequence[Group], ranks: Sequence[int], dtype: torch.dtype, seed: int = 0) -> None:
+        targets = [target for group in groups for target in group]
+        self._random = random.Random(seed)
+        torch.manual_seed(seed)
+        rows = [(t.in_features, t.out_features) for rank in ranks for t in targets for _ in range(rank)]
+        self._free = sum(a + b for a, b in rows) + 16 * len(rows) + 64
+        self.flat = torch.full((self._free,), torch.nan, dtype=dtype, device="cuda")
+        self._end = 8  # the first row does not lie at the start
+        self.adapters = [self._adapter(targets, rank, i) for i, rank in enumerate(ranks)]
+
+    def _adapter(self, targets: Sequence[LoraTarget], rank: int, number: int) -> LoraAdapter:
+        """Ranks differ between modules, and rank 0 leaves out every second one."""
+        modules = {}
+        for i, target in enumerate(targets):
+            module_rank = max(1, rank - (i + number) % 3) if rank else 5 * ((i + number) % 2)
+            if module_rank:
+                a, b = self._rows(module_rank, target.in_features), self._rows(module_rank, target.out_features)
+                modules[target.module] = LoraRows(module_rank, 0.5 + 0.25 * i, a, b)
+        return LoraAdapter(modules)
+
+    def _rows(self, rank: int, length: int) -> torch.Tensor:
+        starts = []
+        for _ in range(rank):
+            start = self._end + 8 * self._random.randrange(2)
+            self.flat[start : start + length].normal_(std=0.1)
+            starts.append(start)
+            self._end = start + -(-length // 8) * 8
+        self._random.shuffle(starts)
+        return torch.tensor(starts, dtype=torch.int64, device="cuda")
+
+
+def reference(y: torch.Tensor, x: torch.Tensor, pool: Pool, adapter_index: Sequence[int], group: Group) -> torch.Tensor:
+    """y[t, o:o+n] += scaling * (x[t] @ A[adapter[t]].T) @ Bt[adapter[t]], in fp64."""
+    out = y.double()
+    for number in {index for index in adapter_index if index >= 0}:
+        tokens = torch.tensor([t for t, index in enumerate(adapter_index) if index == number], device="cuda")
+        for target in group:
+            rows = pool.adapters[number].modules.get(target.module)
+            if rows is not None:
+                a = pool.flat.unfold(0, target.in_features, 1)[rows.a_rows].double()
+                b_t = pool.flat.unfold(0, target.out_features, 1)[rows.b_rows].double()
+                columns = slice(target.out_start, target.out_start + target.out_features)
+                out[tokens, columns] += rows.scaling * (x[tokens].double() @ a.T) @ b_t
+    return out
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Inputs and outputs of one group. x and y are cut from wider tensors, of which y's margin must never change."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    y_with_margin: torch.Tensor
+
+    @staticmethod
+    def random(group: Group, num_tokens: int, dtype: torch.dtype) -> "Tensors":
+        width = max(target.out_start + target.out_features for target in group)
+        x = torch.randn(num_tokens, group[0].in_features + 16, device="cuda").to(dtype)
+        y = torch.randn(num_tokens + 2, width + 8, device="cuda").to(dtype)
+        return Tensors(x[:, 8:-8], y[1:-1, :width], y)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+def add(ops: LoraOps, plan: LoraPlan, pool: Pool, tensors: Tensors, group: Group) -> None:
+    ops.add(tensors.y, tensors.x, pool.flat, plan, group)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(("shape", "ranks"), list(itertools.product(SHAPES, RANKS)))
+def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dtype: torch.dtype, decode: bool) -> None:
+    groups = SHAPES[shape]
+    pool = Pool(groups, RANKS[ranks], dtype)
+    ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
+    for name, adapter_index in BATCHES.items():
+        if decode and len(adapter_index) > LIMITS.max_requests:
+            continue
+        # The second round meets the products of the first one, and must not take them for its own.
+        plan = ops.plan(adapter_index, pool.adapters, decode=decode)
+        ops.begin(plan)
+        for _, group in itertools.product(range(2), groups):
+            tensors = Tensors.random(group, len(adapter_index), dtype)
+            expected = reference(tensors.y, tensors.x, pool, adapter_index, group)
+            before = tensors.y_with_margin.clone()
+            add(ops, plan, pool, tensors, group)
+            error = (tensors.y.double() - expected).norm() / expected.norm().clamp(min=1e-9)
+            assert error.item() < TOLERANCES[dtype], (name, group[0].module, error.item())
+            untouched = [row for row, index in enumerate([-1, *adapter_index, -1]) if index < 0]
+            assert torch.equal(bits(tensors.y_with_margin[untouched]), bits(before[untouched])), name
+            width = tensors.y.shape[1]
+            assert torch.equal(bits(tensors.y_with_margin[:, width:]), bits(before[:, width:])), name
+
+
+def test_base_tokens_and_absent_modules_keep_every_bit() -> None:
+    pool = Pool(SMALL, [16], torch.bfloat16)
+    only_v = LoraAdapter({"v_proj": pool.adapters[0].modules["v_proj"]})
+    ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
+    tensors = Tensors.random(SMALL[0], 40, torch.bfloat16)
+    tensors.y[0, :3] = torch.tensor([-0.0, torch.inf, torch.nan])
+    before = tensors.y.clone()
+    plan = ops.plan([-1] * 20 + [0] * 20, [only_v])
+    ops.begin(plan)
+    add(ops, plan, pool, tensors, SMALL[0])
+    assert torch.equal(bits(tensors.y[:20]), bits(before[:20]))
+    assert torch.equal(bits(tensors.y[:, :208]), bits(before[:, :208]))
+    assert not torch.equal(tensors.y[20:], before[20:])
+
+
+def test_one_graph_serves_every_decode_plan_bit_for_bit() -> None:
+    dtype, num_tokens = torch.bfloat16, 24
+    pool = Pool(LARGE, [16, 5, 64, 33, 8], dtype)
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
+    tensors = [Tensors.random(group, num_tokens, dtype) for group in LARGE]
+    originals = [t.y.clone() for t in tensors]
+
+    def step(plan: LoraPlan) -> None:
+        ops.begin(plan)
+        for (t, original), group in zip(zip(tensors, originals, strict=True), LARGE, strict=True):
+            t.y.copy_(original)
+            add(ops, plan, pool, t, group)
+            add(ops, plan, pool, t, group)
+
+    captured = ops.plan([0] * num_tokens, pool.adapters, decode=True)
+    step(captured)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured)
+    chooser = random.Random(3)
+    for num_adapters in (0, 1, 2, 5, 5):
+        adapter_index = [chooser.randrange(-1, num_adapters) for _ in range(num_tokens)]
+        step(ops.plan(adapter_index, pool.adapters, decode=True))
+        eager = [t.y.clone() for t in tensors]
+        for t in tensors:
+            t.y.fill_(torch.nan)
+        ops.plan(adapter_index, pool.adapters, decode=True)
+        for _ in range(3):  # the same plan again computes the same again
+            graph.replay()
+            for t, y in zip(tensors, eager, strict=True):
+                assert torch.equal(bits(t.y), bits(y)), adapter_index
+
+
+def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_rounding() -> None:
+    """The same tokens by MBGMV and, among more of their adapter, by MBGMM."""
+    dtype = torch.float16
+    pool = Pool(LARGE, [40], dtype)
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
+    tensors = Tensors.random(LARGE[0], 200, dtype)
+    few = Tensors(tensors.x[:7], tensors.y[:7].clone(), tensors.y)
+    for t in (tensors, few):
+        plan = ops.plan([0] * len(t.y), pool.adapters)
+        ops.begin(plan)
+        add(ops, plan, pool, t, LARGE[0])
+    torch.testing.assert_close(tensors.y[:7], few.y, rtol=2e-3, atol=2e-3)
+
+
+def test_steps_of_many_plans_in_a_row_do_not_disturb_each_other() -> None:
+    """Plans are written while earlier steps still run: nothing may be overwritten before it is used."""
+    dtype = torch.bfloat16
+    pool = Pool(LARGE, [16, 64, 3, 9], dtype)
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
+    chooser = random.Random(1)
+    batches = [[chooser.randrange(-1, 4) for _ in range(chooser.choice([1, 7, 64, 120]))] for _ in range(20)]
+    made = [Tensors.random(LARGE[0], len(batch), dtype) for batch in batches]
+    expected = [reference(t.y, t.x, pool, batch, LARGE[0]) for t, batch in zip(made, batches, strict=True)]
+    torch.cuda.synchronize()
+    for t, batch in zip(made, batches, strict=True):
+        plan = ops.plan(batch, pool.adapters)
+        ops.begin(plan)
+        add(ops, plan, pool, t, LARGE[0])
+    for t, y in zip(made, expected, strict=True):
+        assert ((t.y.double() - y).norm() / y.norm()).item() < TOLERANCES[dtype]
+
+
+def test_a_plan_is_empty_exactly_when_no_token_has_anything_to_add() -> None:
+    pool = Pool(SMALL, [1], torch.bfloat16)
+    ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
+    assert ops.plan([-1, -1], pool.adapters).is_empty
+    assert ops.plan([], []).is_empty
+    assert ops.plan([0], [LoraAdapter({})]).is_empty
+    assert not ops.plan([-1, 0], pool.adapters).is_empty
+
+
+def test_what_the_kernels_cannot_take_is_caught_at_the_door() -> None:
+    pool = Pool(SMALL, [4], torch.bfloat16)
+    ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
+    tensors = Tensors.random(SMALL[0], 3, torch.bfloat16)
+    plan = ops.plan([0, 0, 0], pool.adapters)
+    with pytest.raises(AssertionError, match="begin"):
+        add(ops, plan, pool, tensors, SMALL[0])
+    ops.begin(plan)
+    with pytest.raises(AssertionError, match=r"x is \(2, 264\), not \(3, 264\)"):
+        ops.add(tensors.y, tensors.x[:2], pool.flat, plan, SMALL[0])
+    with pytest.raises(AssertionError, match="16 bytes"):
+        ops.add(tensors.y, tensors.x, pool.flat[1:], plan, SMALL[0])
+    with pytest.raises(AssertionError, match="float32"):
+        ops.add(tensors.y.float(), tensors.x, pool.flat, plan, SMALL[0])
+
+
+def test_an_fp32_pool_is_served_by_torch() -> None:
+    assert isinstance(lora_ops(SMALL, torch.float32, torch.device("cuda"), LIMITS), TorchLoraOps)

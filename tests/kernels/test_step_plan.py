@@ -1,0 +1,202 @@
+"""The step plan as the host writes it: every token once, nothing overlaps, and the largest step fits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.lora import LoraAdapter, LoraRows, LoraTarget
+from kernels.plan_layout import (
+    ENTRY,
+    ENTRY_INTS,
+    HEADER_INTS,
+    MATRIX_STEP,
+    MATRIX_STEP_WORDS,
+    MAX_VECTOR_TOKENS,
+    PIECE_INTS,
+    SPAN_INTS,
+    Ints,
+    LoraLimits,
+    WantedTasks,
+)
+from kernels.step_plan import PlanSummary, StepPlanner
+
+GROUPS = (
+    (LoraTarget("q_proj", 512, 512, 0), LoraTarget("k_proj", 512, 128, 512), LoraTarget("v_proj", 512, 128, 640)),
+    (LoraTarget("o_proj", 520, 264, 0),),
+)
+MODULES = [target.module for group in GROUPS for target in group]
+LIMITS = LoraLimits(max_tokens=200, max_requests=24, max_rank=40)
+WANTED = WantedTasks(vector=40, matrix=10)
+
+
+def adapter(ranks: list[int]) -> LoraAdapter:
+    modules = {}
+    for module, rank in zip(MODULES, ranks, strict=True):
+        if rank:
+            rows = torch.zeros(rank, dtype=torch.int64)
+            modules[module] = LoraRows(rank, rank / 8, rows, rows.clone())
+    return LoraAdapter(modules)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A plan, read back."""
+
+    planner: StepPlanner
+    summary: PlanSummary
+    buffer: Ints
+
+    @property
+    def tiles(self) -> Ints:
+        return self._pieces(0)
+
+    @property
+    def segments(self) -> Ints:
+        return self._pieces(2)
+
+    def _pieces(self, at: int) -> Ints:
+        number, start = self.buffer[at : at + 2]
+        width = self.planner.shape.piece_ints
+        return self.buffer[start : start + number * width].reshape(number, width)
+
+    def spans(self, kind: int) -> Ints:
+        spans = self.buffer[HEADER_INTS : self.planner.shape.token_rows_at].reshape(-1, 2, SPAN_INTS)
+        return spans[:, kind]
+
+    def ranks(self, piece: Ints) -> list[int]:
+        start = int(self.buffer[4]) + int(piece[0]) * ENTRY_INTS
+        entries = self.buffer[start : start + len(MODULES) * ENTRY_INTS].view(ENTRY)
+        return [int(rank) for rank in entries["rank"]]
+
+    def tokens(self, piece: Ints) -> list[int]:
+        start = self.planner.shape.token_rows_at + int(piece[1])
+        return [int(row) for row in self.buffer[start : start + int(piece[2])]]
+
+
+def write(adapter_index: list[int], ranks: list[list[int]], *, decode: bool) -> Written:
+    planner = StepPlanner(GROUPS, LIMITS, WANTED)
+    buffer = np.full(planner.capacity.plan_ints, -(10**9), dtype=np.int32)
+    summary = planner.write(buffer, adapter_index, [adapter(r) for r in ranks], decode=decode)
+    assert summary.used_ints <= planner.capacity.plan_ints
+    return Written(planner, summary, buffer)
+
+
+ranks_of_adapters = st.lists(st.lists(st.integers(0, LIMITS.max_rank), min_size=4, max_size=4), min_size=1, max_size=6)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[int], list[list[int]], bool]:
+    ranks = draw(ranks_of_adapters)
+    decode = draw(st.booleans())
+    runs = draw(st.lists(st.tuples(st.integers(-1, len(ranks) - 1), st.integers(1, 40)), max_size=6))
+    index = [number for number, length in runs for _ in range(length)]
+    most = LIMITS.max_requests if decode else LIMITS.max_tokens
+    return draw(st.permutations(index))[:most] if len(index) < 60 else index[:most], ranks, decode
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps())
+def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[int], list[list[int]], bool]) -> None:
+    adapter_index, ranks, decode = step
+    plan = write(adapter_index, ranks, decode=decode)
+    seen: list[int] = []
+    for pieces, most in ((plan.tiles, 8), (plan.segments, LIMITS.max_tokens)):
+        for piece in pieces:
+            tokens = plan.tokens(piece)
+            owners = {adapter_index[token] for token in tokens}
+            assert len(owners) == 1 and 1 <= len(tokens) <= most
+            assert plan.ranks(piece) == ranks[owners.pop()]
+            seen += tokens
+    assert sorted(seen) == [token for token, index in enumerate(adapter_index) if index >= 0]
+    for piece in plan.segments:
+        assert not decode and piece[2] > MAX_VECTOR_TOKENS
+
+
+def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
+    """Regions (start, length) lie side by side from 0, without a gap, within the room."""
+    end = 0
+    for start, length in sorted(region for region in regions if region[1]):
+        assert start == end
+        end += length
+    assert end <= room
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps())
+def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int], list[list[int]], bool]) -> None:
+    plan = write(step[0], step[1], decode=step[2])
+    capacity = plan.planner.capacity
+    shape = plan.planner.shape
+    for kind, pieces in ((0, plan.tiles), (1, plan.segments)):
+        shrink: list[tuple[int, int]] = []
+        expand: list[tuple[int, int]] = []
+        for g, group in enumerate(GROUPS):
+            span = plan.spans(kind)[g]
+            num_splits, slice_length = int(span[4]), int(span[5])
+            products: list[tuple[int, int]] = []
+            first = int(shape.first_target[g])
+            of_group: list[tuple[int, int]] = []
+            for piece in pieces:
+                assert (num_splits - 1) * slice_length < group[0].in_features <= num_splits * slice_length
+                ranks = plan.ranks(piece)[first : first + len(group)]
+                shrink_start, v_start, _ = piece[PIECE_INTS + 3 * g : PIECE_INTS + 3 * g + 3].tolist()
+                tokens = int(piece[2])
+                if kind == 0:
+                    width = sum(ranks)
+                    of_group.append((shrink_start, -(-width // 16) * num_splits))
+                    products.append((v_start, tokens * width * num_splits))
+                else:
+                    width = sum(-(-rank // MATRIX_STEP) * MATRIX_STEP for rank in ranks)
+                    of_group.append((shrink_start, -(-width // 64) * -(-tokens // 64) * num_splits))
+                    products.append((v_start, -(-tokens // MATRIX_STEP) * (width // MATRIX_STEP) * MATRIX_STEP_WORDS))
+                for m, (target, rank) in enumerate(zip(group, ranks, strict=True)):
+                    columns, most_tokens = (256, 4) if kind == 0 else (128, 128)
+                    num_expand = -(-target.out_features // columns) * -(-tokens // most_tokens) if rank else 0
+                    expand.append((int(piece[PIECE_INTS + 3 * shape.num_groups + first + m]), num_expand))
+            check_disjoint(products, capacity.parts if kind == 0 else capacity.products)
+            assert sum(length for _, length in of_group) == span[1]
+            assert kind == 0 or num_splits <= 1 or int(span[1]) * 64 * 64 <= capacity.partials
+            assert kind == 0 or num_splits <= 1 or int(span[1]) // num_splits <= capacity.counters
+            shrink += of_group
+        check_disjoint(shrink, capacity.shrink_tasks if kind == 0 else capacity.matrix_shrink_tasks)
+        check_disjoint(expand, capacity.expand_tasks if kind == 0 else capacity.matrix_expand_tasks)
+
+
+@pytest.mark.parametrize(
+    ("adapter_index", "decode"),
+    [
+        (list(range(24)), True),
+        ([t % 24 for t in range(200)], False),
+        ([t // 17 for t in range(11 * 17)] + list(range(11, 24)), False),
+        ([t // 16 for t in range(192)] + [12] * 8, False),
+        ([0] * 200, False),
+    ],
+)
+def test_the_largest_step_fits(adapter_index: list[int], decode: bool) -> None:
+    ranks = [[LIMITS.max_rank] * 4 for _ in range(24)]
+    test_tasks_and_products_fill_their_rooms_side_by_side.hypothesis.inner_test((adapter_index, ranks, decode))  # type: ignore[attr-defined]
+
+
+def test_steps_past_the_limits_are_caught() -> None:
+    with pytest.raises(AssertionError, match="201 tokens"):
+        write([0] * 201, [[1] * 4], decode=False)
+    with pytest.raises(AssertionError, match="25 tokens"):
+        write([0] * 25, [[1] * 4], decode=True)
+    with pytest.raises(AssertionError, match="rank 41"):
+        write([0], [[41, 0, 0, 0]], decode=False)
+    with pytest.raises(AssertionError, match="has -1 to 2, the step 2 adapters"):
+        write([-1, 2], [[1] * 4, [1] * 4], decode=False)
+
+
+def test_more_adapters_than_are_remembered_are_read_again() -> None:
+    planner = StepPlanner(GROUPS, LIMITS, WANTED)
+    buffer = np.zeros(planner.capacity.plan_ints, dtype=np.int32)
+    for round in range(30):
+        adapters = [adapter([1 + (round + i) % 40, 0, 3, 0]) for i in range(10)]
+        summary = planner.write(buffer, list(range(10)), adapters, decode=True)
+        plan = Written(planner, summary, buffer)
+        assert [plan.ranks(piece)[0] for piece in plan.tiles] == [1 + (round + i) % 40 for i in range(10)]
