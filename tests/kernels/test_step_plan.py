@@ -128,7 +128,11 @@ def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
 @settings(max_examples=80, deadline=None)
 @given(steps())
 def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int], list[list[int]], bool]) -> None:
-    plan = write(step[0], step[1], decode=step[2])
+    adapter_index, ranks, decode = step
+    check_rooms(write(adapter_index, ranks, decode=decode))
+
+
+def check_rooms(plan: Written) -> None:
     capacity = plan.planner.capacity
     shape = plan.planner.shape
     for kind, pieces in ((0, plan.tiles), (1, plan.segments)):
@@ -178,7 +182,7 @@ def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int],
 )
 def test_the_largest_step_fits(adapter_index: list[int], decode: bool) -> None:
     ranks = [[LIMITS.max_rank] * 4 for _ in range(24)]
-    test_tasks_and_products_fill_their_rooms_side_by_side.hypothesis.inner_test((adapter_index, ranks, decode))  # type: ignore[attr-defined]
+    check_rooms(write(adapter_index, ranks, decode=decode))
 
 
 def test_steps_past_the_limits_are_caught() -> None:
