@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,10 @@ from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
 from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig
+from dataplane.model_runner import ModelRunner
+from dataplane.sampling import SampledToken
 from dataplane.server import DataPlaneServer
+from dataplane.step_packer import ScheduledChunk
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2_grpc
 
 T = TypeVar("T")
@@ -100,7 +104,7 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyM
             adapters = {}
             for number, rank in enumerate(ranks):
                 name = f"random-{number}-r{rank}"
-                _save_random_adapter(root / "base", root / name, rank, seed=100 + number)
+                _save_random_adapter(root / "base", root / name, seed=100 + number, r=rank)
                 adapters[name] = root / name
             cache[key] = TinyModel(root / "base", adapters)
         return cache[key]
@@ -109,27 +113,63 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyM
 
 
 @pytest.fixture(scope="session")
-def reference_greedy() -> Callable[[TinyModel, Sequence[Prompt], int], list[tuple[int, ...]]]:
-    """What transformers + peft answer, greedily, one prompt at a time, in fp32 on the CPU."""
-    loaded: dict[Path, PreTrainedModel | PeftModel] = {}
+def save_adapter() -> Callable[..., Path]:
+    """save(model, directory, seed, **LoraConfig options) has peft write a random adapter of that base; returns the directory."""
+
+    def save(model: TinyModel, directory: Path, seed: int, **options: Any) -> Path:
+        _save_random_adapter(model.base, directory, seed, **options)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Callable[[TinyModel], PreTrainedModel | PeftModel]:
+    """The base in transformers, in fp32 on the CPU, with every adapter of the model loaded by peft."""
+    loaded: dict[tuple[Path, ...], PreTrainedModel | PeftModel] = {}
 
     def model_of(model: TinyModel) -> PreTrainedModel | PeftModel:
-        if model.base not in loaded:
+        key = (model.base, *model.adapters.values())
+        if key not in loaded:
             network = AutoModelForCausalLM.from_pretrained(model.base, dtype=torch.float32).eval()
             for number, (name, path) in enumerate(model.adapters.items()):
                 if number == 0:
                     network = PeftModel.from_pretrained(network, path, adapter_name=name)
                 else:
                     network.load_adapter(str(path), adapter_name=name)
-            loaded[model.base] = network
-        return loaded[model.base]
+            loaded[key] = network
+        return loaded[key]
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def reference_logits(
+    reference_model: Callable[[TinyModel], PreTrainedModel | PeftModel],
+) -> Callable[[TinyModel, str, Sequence[int]], torch.Tensor]:
+    """logits(model, adapter, token_ids) -> [num_tokens, vocab]: what transformers + peft compute."""
+
+    @torch.inference_mode()
+    def logits(model: TinyModel, adapter: str, token_ids: Sequence[int]) -> torch.Tensor:
+        network = reference_model(model)
+        with _speaking_as(network, adapter):
+            computed: torch.Tensor = network(input_ids=torch.tensor([list(token_ids)])).logits[0]
+        return computed
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def reference_greedy(
+    reference_model: Callable[[TinyModel], PreTrainedModel | PeftModel],
+) -> Callable[[TinyModel, Sequence[Prompt], int], list[tuple[int, ...]]]:
+    """What transformers + peft answer, greedily, one prompt at a time, in fp32 on the CPU."""
 
     @torch.inference_mode()
     def generate(model: TinyModel, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[int, ...]]:
-        network = model_of(model)
+        network = reference_model(model)
         answers = []
-        for prompt in prompts:
-            adapter, token_ids = prompt
+        for adapter, token_ids in prompts:
             ids = torch.tensor([token_ids])
             options = {
                 "do_sample": False,
@@ -137,18 +177,25 @@ def reference_greedy() -> Callable[[TinyModel, Sequence[Prompt], int], list[tupl
                 "attention_mask": torch.ones_like(ids),
                 "pad_token_id": 0,
             }
-            if adapter:
-                network.set_adapter(adapter)
+            with _speaking_as(network, adapter):
                 out = network.generate(input_ids=ids, **options)
-            elif isinstance(network, PeftModel):
-                with network.disable_adapter():
-                    out = network.generate(input_ids=ids, **options)
-            else:
-                out = network.generate(ids, **options)
             answers.append(tuple(out[0, ids.shape[1] :].tolist()))
         return answers
 
     return generate
+
+
+@contextmanager
+def _speaking_as(network: PreTrainedModel | PeftModel, adapter: str) -> Iterator[None]:
+    """Within it the network speaks as that adapter; empty is the base."""
+    if adapter:
+        network.set_adapter(adapter)
+        yield
+    elif isinstance(network, PeftModel):
+        with network.disable_adapter():
+            yield
+    else:
+        yield
 
 
 def _randomize_biases(model: PreTrainedModel) -> None:
@@ -160,10 +207,13 @@ def _randomize_biases(model: PreTrainedModel) -> None:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
 
 
-def _save_random_adapter(base: Path, target: Path, rank: int, seed: int, modules: Sequence[str] = ALL_MODULES) -> None:
+def _save_random_adapter(base: Path, target: Path, seed: int, **options: Any) -> None:
     torch.manual_seed(seed)
+    rank = options.setdefault("r", 8)
+    options.setdefault("lora_alpha", 2 * rank)
+    options.setdefault("target_modules", ALL_MODULES)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft = get_peft_model(network, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), init_lora_weights=False))
+    peft = get_peft_model(network, LoraConfig(init_lora_weights=False, **options))
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3 / rank**0.5 if "lora_A" in name else 0.3)
@@ -177,7 +227,12 @@ def _save_tokenizer(base: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.save(str(base / "tokenizer.json"))
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @dataclass
@@ -274,6 +329,10 @@ class Service:
         """How often a request was preempted so far."""
         return sum(plane.num_preemptions for plane in self.control_plane.dispatcher.load().data_planes)
 
+    def kv_pages(self) -> int:
+        """Pages that hold KV, all data planes, as of the latest reports."""
+        return sum(plane.pool.kv_pages for plane in self.control_plane.dispatcher.load().data_planes)
+
     async def wait_idle(self) -> None:
         """Waits until nothing runs and no page holds KV."""
         async with asyncio.timeout(RPC_TIMEOUT_S):
@@ -286,7 +345,10 @@ class Service:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., None]:
-    """run(model, scenario, **data_plane_options) serves the model, awaits scenario(service), and checks every pool at the end."""
+    """run(model, scenario, **data_plane_options) serves the model, awaits scenario(service), and checks every pool at the end.
+
+    extra_step_s: added to every step; those of a tiny model are shorter than a message takes, those of a real one are not.
+    """
     device: str = request.param
 
     def run(
@@ -295,11 +357,12 @@ def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
         *,
         num_data_planes: int = 1,
         control_plane: dict[str, Any] | None = None,
+        extra_step_s: float = 0.0,
         **options: Any,
     ) -> None:
         async def main() -> None:
             options.setdefault("device", device)
-            async with _serve(tmp_path, model, num_data_planes, control_plane or {}, options) as service:
+            async with _serve(tmp_path, model, num_data_planes, control_plane or {}, extra_step_s, options) as service:
                 await scenario(service)
                 await service.wait_idle()
 
@@ -310,7 +373,12 @@ def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
 
 @asynccontextmanager
 async def _serve(
-    root: Path, model: TinyModel, num_data_planes: int, control_plane: dict[str, Any], options: dict[str, Any]
+    root: Path,
+    model: TinyModel,
+    num_data_planes: int,
+    control_plane: dict[str, Any],
+    extra_step_s: float,
+    options: dict[str, Any],
 ) -> AsyncIterator[Service]:
     """Both planes over Unix sockets. The engines check their integrity when they end, and their failure fails the test."""
     store_dir = root / "state" / "images"
@@ -320,7 +388,7 @@ async def _serve(
         data_planes, addresses = [], []
         for number in range(num_data_planes):
             address = f"unix:{root}/dp{number}"
-            data_plane = RunningDataPlane(replace(default, listen=(address,), **options))
+            data_plane = RunningDataPlane(replace(default, listen=(address,), **options), extra_step_s)
             await data_plane.start()
             stack.push_async_callback(data_plane.stop)
             data_planes.append(data_plane)
@@ -341,14 +409,17 @@ async def _serve(
 class RunningDataPlane:
     """A data plane that can be stopped and started again, with another epoch and an empty pool."""
 
-    def __init__(self, config: DataPlaneConfig) -> None:
+    def __init__(self, config: DataPlaneConfig, extra_step_s: float) -> None:
         self._config = config
+        self._extra_step_s = extra_step_s
         self._data_plane: DataPlane | None = None
         self._server: DataPlaneServer | None = None
 
     async def start(self) -> None:
         """Loads and listens."""
         self._data_plane = load_data_plane(self._config)
+        if self._extra_step_s:
+            self._data_plane.engine._runner = _SlowRunner(self._data_plane.engine._runner, self._extra_step_s)
         self._server = DataPlaneServer(self._data_plane, self._config.listen, self._config.stop_timeout_s)
         await self._server.start()
 
@@ -359,3 +430,16 @@ class RunningDataPlane:
         # The engine's own check at its end raises in its thread; this one, after the thread has ended, fails the test.
         self._data_plane.engine.check_integrity()
         assert self._data_plane.engine.num_running == 0
+
+
+class _SlowRunner:
+    """A model runner that takes longer."""
+
+    def __init__(self, runner: ModelRunner, extra_step_s: float) -> None:
+        self._runner = runner
+        self._extra_step_s = extra_step_s
+
+    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[SampledToken, ...]:
+        """Computes the chunks, in more time."""
+        time.sleep(self._extra_step_s)
+        return self._runner.run(chunks)
