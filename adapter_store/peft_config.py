@@ -18,6 +18,8 @@ MAX_NAME_CHARS = 1024
 # PEFT's defaults, for a configuration that leaves them out.
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
+# Far beyond any rank, and small enough to divide by as a float.
+MAX_RANK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,10 @@ class _Reader:
         return value is True
 
     def rank(self, name: str, value: object) -> float:
-        """A whole number of at least 1."""
-        if type(value) is int and value >= 1:
+        """A whole number of at least 1 that a float holds exactly."""
+        if type(value) is int and 1 <= value <= MAX_RANK:
             return value
-        self._invalid(name, value, "a whole number of at least 1")
+        self._invalid(name, value, f"a whole number of at least 1, at most {MAX_RANK}")
         return 1
 
     def number(self, name: str, value: object) -> float:

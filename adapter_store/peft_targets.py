@@ -101,4 +101,5 @@ def _layers(fields: Mapping[str, object], geometry: BaseGeometry, violations: Vi
             "layers_to_transform",
             f"is {shorten(repr(chosen))}; this base has layers 0 to {geometry.num_layers - 1}",
         )
+        return frozenset()
     return frozenset(indices)

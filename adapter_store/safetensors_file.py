@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 
-from adapter_store.errors import AdapterCorruptError
+from adapter_store.errors import AdapterCorruptError, shorten
 from adapter_store.image import tensor_bytes
 from adapter_store.json_file import parse_json_object
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20
+# Far beyond any tensor, and small enough that sums and products of sizes stay cheap to compute and short to print.
+MAX_DIMENSIONS = 8
+MAX_SIZE = 1 << 48
 
 # Bytes of an element of every dtype of the format that takes whole bytes.
 DTYPE_BYTES = {
@@ -89,9 +92,12 @@ def _parse_entry(file: str, name: str, value: object, data_start: int) -> Tensor
         case _:
             raise AdapterCorruptError(file, name, "its header entry lacks dtype, shape or data_offsets")
     if dtype not in DTYPE_BYTES:
-        raise AdapterCorruptError(file, name, f"dtype {dtype} is not known")
-    if not all(type(size) is int and size >= 0 for size in shape) or not 0 <= start <= end:
-        raise AdapterCorruptError(file, name, f"shape {shape} or data_offsets [{start}, {end}] are not sizes")
+        raise AdapterCorruptError(file, name, f"dtype {shorten(dtype)} is not known")
+    if len(shape) > MAX_DIMENSIONS:
+        raise AdapterCorruptError(file, name, f"its shape has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
+    if not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape) or not 0 <= start <= end <= MAX_SIZE:
+        given = shorten(f"shape {shape} or data_offsets [{start}, {end}]")
+        raise AdapterCorruptError(file, name, f"{given} are not sizes of at most {MAX_SIZE}")
     needed = math.prod(shape) * DTYPE_BYTES[dtype]
     if needed != end - start:
         raise AdapterCorruptError(
