@@ -44,8 +44,6 @@ class HostCache:
         self._images: OrderedDict[str, AdapterImage] = OrderedDict()
         self._size_bytes = 0
         self._waiting: dict[str, list[FetchDone]] = {}
-        # Digests dropped while a fetch of them was under way: its result is delivered, not cached.
-        self._dropped: set[str] = set()
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="adapter-fetch")
         self._closed = False
 
@@ -90,20 +88,12 @@ class HostCache:
                 return
         on_done(digest, refusal)
 
-    def drop(self, digest: str) -> None:
-        """Forgets an image (not an eviction: on_evict is not called)."""
-        with self._lock:
-            if digest in self._waiting:
-                self._dropped.add(digest)
-            self._remove(digest)
-
     def check_integrity(self) -> None:
         """Asserts that the books are right: sizes add up, and the bound holds."""
         with self._lock:
             total = sum(image.size_bytes for image in self._images.values())
             assert total == self._size_bytes, f"images hold {total} bytes, the books say {self._size_bytes}"
             assert total <= self._capacity_bytes, f"{total} bytes cached over the bound of {self._capacity_bytes}"
-            assert self._dropped <= self._waiting.keys(), f"dropped but not under way: {self._dropped - self._waiting.keys()}"
 
     def close(self) -> None:
         """Ends the workers. Fetches that have not begun are forgotten, those under way finish first."""
@@ -125,9 +115,7 @@ class HostCache:
         evicted: list[str] = []
         with self._lock:
             waiters = self._waiting.pop(digest)
-            dropped = digest in self._dropped
-            self._dropped.discard(digest)
-            if isinstance(result, AdapterImage) and not dropped:
+            if isinstance(result, AdapterImage):
                 evicted = self._insert(result)
         for name in evicted:
             if self._on_evict is not None:

@@ -139,22 +139,6 @@ def test_an_error_is_delivered_and_the_next_fetch_tries_again(
         store.delete(image.digest)
 
 
-def test_an_image_dropped_while_it_is_read_is_delivered_and_not_cached(
-    open_cache: Callable[..., HostCache], store: SlowStore, digests: tuple[Path, list[str]]
-) -> None:
-    cache, digest = open_cache(2), digests[1][0]
-    done: Queue[AdapterImage | Exception] = Queue()
-    store.gate.clear()
-    cache.fetch(digest, lambda _, result: done.put(result))
-    cache.drop(digest)
-    store.gate.set()
-    assert isinstance(done.get(timeout=30), AdapterImage)
-    assert cache.digests() == ()
-    fetch(cache, digest)
-    cache.drop(digest)
-    assert cache.get(digest) is None
-
-
 def test_one_callback_that_fails_costs_the_others_nothing(
     open_cache: Callable[..., HostCache], store: SlowStore, digests: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,7 +184,7 @@ def test_after_close_a_fetch_is_refused_at_once(open_cache: Callable[..., HostCa
 @settings(max_examples=25, deadline=None)
 @given(
     capacity=st.sampled_from([0.5, 1, 2.5, 4]),
-    moves=st.lists(st.tuples(st.sampled_from(["fetch", "get", "drop"]), st.integers(0, NUM_IMAGES - 1)), max_size=30),
+    moves=st.lists(st.tuples(st.sampled_from(["fetch", "get"]), st.integers(0, NUM_IMAGES - 1)), max_size=30),
 )
 def test_the_cache_equals_a_simple_model_whatever_is_asked(
     capacity: float, moves: list[tuple[str, int]], geometry: BaseGeometry, digests: tuple[Path, list[str]]
@@ -213,14 +197,12 @@ def test_the_cache_equals_a_simple_model_whatever_is_asked(
         digest = digests[1][number]
         if move == "fetch":
             assert isinstance(fetch(cache, digest), AdapterImage)
-        elif move == "get":
-            assert (cache.get(digest) is not None) == (digest in model)
         else:
-            cache.drop(digest)
+            assert (cache.get(digest) is not None) == (digest in model)
         present = digest in model
         if present:
             model.remove(digest)
-        if move == "fetch" or (move == "get" and present):
+        if move == "fetch" or present:
             model.append(digest)
         model = model[max(0, len(model) - int(capacity)) :]
         assert list(cache.digests()) == model
