@@ -113,9 +113,11 @@ class Residency:
     def advance_prefetch(self, num_reserved_pages: int) -> None:
         """Fetches what is wanted soon, and copies it to the device where that leaves the reserved pages free.
 
-        Evicts only what is idle and not wanted itself; stops at the first that finds no room, for it is wanted soonest.
+        Evicts only what is idle and not wanted itself. After the first that finds no room nothing is copied, for it is wanted
+        soonest; the rest is still fetched.
         """
         num_fetching = 0
+        has_room = True
         for digest in chain(self._prefetch, self._pinned):
             entry = self._entries.get(digest)
             if entry is None and digest not in self._prefetched and num_fetching < MAX_PREFETCH_FETCHES:
@@ -125,10 +127,9 @@ class Residency:
             if entry is None:
                 continue
             num_fetching += entry.state is AdapterState.FETCHING
-            if entry.state is AdapterState.HOST:
+            if entry.state is AdapterState.HOST and has_room:
                 image = entry.image or self._host.get(digest)
-                if image is not None and not self._activate_ahead(entry, image, num_reserved_pages):
-                    return
+                has_room = image is None or self._activate_ahead(entry, image, num_reserved_pages)
 
     def complete_fetch(self, digest: str, result: FetchResult) -> str | None:
         """An image arrived, or did not. Returns what is wrong with the adapter, None if it can be used."""

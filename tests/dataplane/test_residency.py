@@ -215,11 +215,18 @@ def test_prefetch_pushes_out_only_what_is_not_wanted(make_world: MakeWorld) -> N
     assert world.on_device() == {"bb", "cc"}
 
 
-def test_prefetch_stops_at_the_first_that_finds_no_room(make_world: MakeWorld) -> None:
+def test_prefetch_copies_nothing_past_the_first_that_finds_no_room(make_world: MakeWorld) -> None:
     world = make_world(4)
     world.load("aa")
     world.prefetch("bbb", "c")
     assert world.on_device() == {"aa"}, "the small one must not take what the soonest waits for"
+
+
+def test_a_full_device_does_not_keep_the_rest_of_the_list_in_the_store(make_world: MakeWorld) -> None:
+    world = make_world(4)
+    world.load("aaaa")
+    world.prefetch(*"bcdefgh")
+    assert {world.place(digest) for digest in "bcdefgh"} == {AdapterPlace.HOST}
 
 
 def test_a_host_cache_smaller_than_the_list_is_not_filled_in_circles(make_world: MakeWorld) -> None:
