@@ -8,6 +8,9 @@ from pathlib import Path
 
 from adapter_store.geometry import DTYPE_BYTES
 
+# A year. The system cannot wait for times that are much longer.
+MAX_WAIT_S = 365 * 86400.0
+
 
 class LoadFormat(Enum):
     """Where the weights come from."""
@@ -106,8 +109,8 @@ def _positive_int(text: str) -> int:
 
 def _seconds(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds, 0 or more")
+    if not 0 <= value <= MAX_WAIT_S:
+        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds, 0 to {MAX_WAIT_S:.0f}")
     return value
 
 

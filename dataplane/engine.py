@@ -33,6 +33,9 @@ from protos.planes import AdmittedRequest, BatchUpdate, EngineFinishReason, Engi
 
 _log = logging.getLogger(__name__)
 
+# How long nothing must arrive before the books are checked: that takes milliseconds, which the next request should not wait.
+IDLE_CHECK_AFTER_S = 1.0
+
 
 class Engine:
     """Owns the standing set, in the order of admission. All methods but `stop` belong to the engine's thread."""
@@ -101,7 +104,7 @@ class Engine:
         self._drop_orphans()
         self._is_stalled = not self._step()
         self._report_between_steps()
-        if self._is_stalled:
+        if self._is_stalled and not messages:
             self._check_when_idle()
         return True
 
@@ -114,12 +117,13 @@ class Engine:
         assert held == num_kv, f"page tables name {held} pages, the pool counts {num_kv} of KV"
 
     def _wait_s(self) -> float | None:
-        """How long to wait for a message: not at all while there is work, else until orphans are due, else without limit."""
+        """How long to wait for a message: not at all while there is work, else until something is due, else without limit."""
         if not self._is_stalled:
             return 0
-        if self._orphaned_at is None:
-            return None
-        return max(0.0, self._orphaned_at + self._orphan_grace_s - self._clock())
+        waits = [] if self._is_checked else [IDLE_CHECK_AFTER_S]
+        if self._orphaned_at is not None:
+            waits.append(max(0.0, self._orphaned_at + self._orphan_grace_s - self._clock()))
+        return min(waits, default=None)
 
     def _handle(self, message: Message) -> None:
         match message:

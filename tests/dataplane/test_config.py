@@ -43,6 +43,7 @@ def test_every_option_arrives() -> None:
         (["--num-pages", "4", "--pool-bytes", "4"], "not allowed with"),
         (["--gpu-memory-utilization", "1.5"], "1.5 is not a share"),
         (["--orphan-grace-s", "nan"], "nan is not a time"),
+        (["--orphan-grace-s", "1e10"], "1e10 is not a time in seconds, 0 to 31536000"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -61,6 +61,26 @@ def test_an_idle_engine_says_nothing(make_world: MakeWorld) -> None:
     assert world.turn() == []
 
 
+def test_the_books_are_checked_when_nothing_arrives_and_never_in_the_way_of_news(
+    make_world: MakeWorld, admit: Admit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+    world.turn()
+    checks: list[int] = []
+    monkeypatch.setattr(world.pool, "check_integrity", lambda: checks.append(1))
+    world.host.answers_at_once = False
+    world.update(admit=[admit(1, [1], 1, "x")])
+    world.engine.turn(may_wait=False)
+    assert checks == [], "the request waits for its adapter, which may be here at any moment"
+    world.host.deliver()
+    world.engine.turn(may_wait=False)
+    assert world.engine.num_running == 0
+    assert checks == []
+    for _ in range(3):
+        world.engine.turn(may_wait=False)
+    assert checks == [1], "once for each time that something changed"
+
+
 def test_an_abort_frees_its_pages_before_the_report_that_applied_it(make_world: MakeWorld, admit: Admit) -> None:
     world = make_world()
     world.update(admit=[admit(1, range(20), 100)])
