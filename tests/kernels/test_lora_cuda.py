@@ -53,14 +53,14 @@ class Pool:
         targets = [target for group in groups for target in group]
         self._random = random.Random(seed)
         torch.manual_seed(seed)
-        rows = [(t.in_features, t.out_features) for rank in ranks for t in targets for _ in range(rank)]
+        rows = [(t.in_features, t.out_features) for rank in ranks for t in targets for _ in range(max(rank, 5))]
         self._free = sum(a + b for a, b in rows) + 16 * len(rows) + 64
         self.flat = torch.full((self._free,), torch.nan, dtype=dtype, device="cuda")
         self._end = 8  # the first row does not lie at the start
         self.adapters = [self._adapter(targets, rank, i) for i, rank in enumerate(ranks)]
 
     def _adapter(self, targets: Sequence[LoraTarget], rank: int, number: int) -> LoraAdapter:
-        """Ranks differ between modules, and rank 0 leaves out every second one."""
+        """Ranks differ between modules, and rank 0 stands for 5 in every second one."""
         modules = {}
         for i, target in enumerate(targets):
             module_rank = max(1, rank - (i + number) % 3) if rank else 5 * ((i + number) % 2)
@@ -73,6 +73,7 @@ class Pool:
         starts = []
         for _ in range(rank):
             start = self._end + 8 * self._random.randrange(2)
+            assert start + length <= len(self.flat)
             self.flat[start : start + length].normal_(std=0.1)
             starts.append(start)
             self._end = start + -(-length // 8) * 8
