@@ -22,12 +22,8 @@ class Detokenizer(ABC):
     """The text of one stream of tokens."""
 
     @abstractmethod
-    def append(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is certain now."""
-
     def extend(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""
-        return "".join(map(self.append, token_ids))
 
     @abstractmethod
     def flush(self) -> str:
@@ -116,10 +112,9 @@ class _ByteDetokenizer(Detokenizer):
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def append(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        return self._decoder.decode(self._vocabulary.token_bytes(token_id))
+    def extend(self, token_ids: Sequence[int]) -> str:
+        token_bytes, skipped = self._vocabulary.token_bytes, self._skipped
+        return self._decoder.decode(b"".join([token_bytes(each) for each in token_ids if each not in skipped]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -134,7 +129,10 @@ class _PieceDetokenizer(Detokenizer):
         self._pending: list[int] = []
         self._has_text = False
 
-    def append(self, token_id: int) -> str:
+    def extend(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._append(token_id) for token_id in token_ids])
+
+    def _append(self, token_id: int) -> str:
         if token_id in self._skipped or not self._vocabulary.is_known(token_id):
             return ""
         piece = self._vocabulary.piece(token_id)

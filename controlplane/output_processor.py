@@ -120,6 +120,7 @@ class ChoiceOutput:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=not rules.options.show_special_tokens)
         self._matcher = StopMatcher(rules.stop, rules.options.include_stop)
+        self._ending_ids = rules.stop_token_ids | rules.eos_token_ids
         self._matched_stop: str | None = None
         self._last_token_id: int | None = None
         self._num_tokens = 0
@@ -143,7 +144,9 @@ class ChoiceOutput:
             taken, text = len(token_ids), "" if self._rules.options.token_ids_only else self._text_of(token_ids)
             self._num_tokens += taken
         self._last_token_id = token_ids[taken - 1]
-        self._emit(token_ids[:taken], text, logprobs[:taken])
+        if taken < len(token_ids):
+            token_ids, logprobs = token_ids[:taken], logprobs[:taken]
+        self._emit(token_ids, text, logprobs)
         return self._matched_stop is not None
 
     def on_finished(self, outcome: RequestOutcome) -> None:
@@ -188,17 +191,18 @@ class ChoiceOutput:
         The engine never samples an end of sequence or a stop token that does not end the request, so only the last token can be
         one; it is left out unless asked for.
         """
-        return self._detokenizer.extend(token_ids[:-1]) + self._text_of_last(token_ids[-1])
+        last = token_ids[-1]
+        if last not in self._ending_ids:
+            return self._detokenizer.extend(token_ids)
+        return self._detokenizer.extend(token_ids[:-1]) + self._text_of_ending(last)
 
-    def _text_of_last(self, token_id: int) -> str:
+    def _text_of_ending(self, token_id: int) -> str:
         rules = self._rules
         if token_id in rules.stop_token_ids:
             if not rules.options.include_stop:
                 return ""
             return self._detokenizer.flush() + self._tokenizer.token_text(token_id)
-        if token_id in rules.eos_token_ids and not rules.options.show_special_tokens:
-            return ""
-        return self._detokenizer.append(token_id)
+        return self._detokenizer.extend([token_id]) if rules.options.show_special_tokens else ""
 
     def _scan(self, text: str) -> str:
         scan = self._matcher.feed(text, armed=self._num_tokens >= self._rules.min_tokens)

@@ -4,6 +4,7 @@ Knows nothing of gRPC or tokenizers: chunks of choices go in, fewer and longer c
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -13,29 +14,22 @@ from protos.planes import StepLogprobs
 Event = TypeVar("Event")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OutputChunk:
-    """New tokens of one choice, the text they made, and one logprobs entry per token if the request asked for them."""
+    """New tokens of one choice, the pieces of text they made, and one logprobs entry per token if the request asked for them.
+
+    Grows until its reader takes it, by appending: merging costs what is added.
+    """
 
     choice_index: int
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[StepLogprobs, ...] = ()
+    token_ids: list[int]
+    texts: list[str]
+    logprobs: list[StepLogprobs]
 
-
-class _OpenChunk:
-    """The last chunk of a choice that no reader has taken; grows by appending, so merging costs what is added."""
-
-    __slots__ = ("choice_index", "logprobs", "texts", "token_ids")
-
-    def __init__(self, choice_index: int) -> None:
-        self.choice_index = choice_index
-        self.token_ids: list[int] = []
-        self.texts: list[str] = []
-        self.logprobs: list[StepLogprobs] = []
-
-    def seal(self) -> OutputChunk:
-        return OutputChunk(self.choice_index, tuple(self.token_ids), "".join(self.texts), tuple(self.logprobs))
+    @property
+    def text(self) -> str:
+        """All of the text."""
+        return "".join(self.texts)
 
 
 class OutputStream(Generic[Event]):
@@ -46,8 +40,8 @@ class OutputStream(Generic[Event]):
     """
 
     def __init__(self) -> None:
-        self._unread: list[_OpenChunk | Event] = []
-        self._open: dict[int, _OpenChunk] = {}
+        self._unread: deque[OutputChunk | Event] = deque()
+        self._open: dict[int, OutputChunk] = {}  # by choice, the unread chunk that still grows
         self._error: BaseException | None = None
         self._is_closed = False
         self._waiter: asyncio.Future[None] | None = None
@@ -68,12 +62,12 @@ class OutputStream(Generic[Event]):
             return
         chunk = self._open.get(choice_index)
         if chunk is None:
-            chunk = self._open[choice_index] = _OpenChunk(choice_index)
+            chunk = self._open[choice_index] = OutputChunk(choice_index, [*token_ids], [text], [*logprobs])
             self._unread.append(chunk)
-        chunk.token_ids.extend(token_ids)
-        chunk.logprobs.extend(logprobs)
-        if text:
+        else:
+            chunk.token_ids += token_ids
             chunk.texts.append(text)
+            chunk.logprobs += logprobs
         self._wake()
 
     def put(self, event: Event) -> None:
@@ -114,9 +108,7 @@ class OutputStream(Generic[Event]):
                 await self._waiter
             finally:
                 self._waiter = None
-        first = self._unread.pop(0)
-        if isinstance(first, _OpenChunk):
-            if self._open.get(first.choice_index) is first:
-                del self._open[first.choice_index]
-            return first.seal()
+        first = self._unread.popleft()
+        if isinstance(first, OutputChunk) and self._open.get(first.choice_index) is first:
+            del self._open[first.choice_index]
         return first

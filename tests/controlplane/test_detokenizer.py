@@ -68,10 +68,11 @@ def test_pieces_add_up_to_the_decode_of_all_ids(kind: str, skip_special_tokens: 
     ids = st.lists(st.one_of(st.integers(0, size + 3), st.integers(max(0, size - 12), size - 1)), max_size=30)
 
     @settings(deadline=None, max_examples=200)
-    @given(ids)
-    def check(token_ids: list[int]) -> None:
+    @given(ids, st.integers(1, 4))
+    def check(token_ids: list[int], run_length: int) -> None:
         detokenizer = vocabulary.detokenizer(skip_special_tokens)
-        text = "".join(detokenizer.append(token_id) for token_id in token_ids) + detokenizer.flush()
+        runs = [token_ids[start : start + run_length] for start in range(0, len(token_ids), run_length)]
+        text = "".join(map(detokenizer.extend, runs)) + detokenizer.flush()
         assert text == tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     check()
@@ -87,7 +88,7 @@ def test_no_piece_ends_within_a_character(kind: str) -> None:
     @given(st.text(alphabet="aé日🙂 \u0301", max_size=12))
     def check(text: str) -> None:
         detokenizer = vocabulary.detokenizer(skip_special_tokens=True)
-        pieces = [detokenizer.append(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids]
+        pieces = [detokenizer.extend([token_id]) for token_id in tokenizer.encode(text, add_special_tokens=False).ids]
         assert not any("�" in piece for piece in [*pieces, detokenizer.flush()])
 
     check()
@@ -98,7 +99,7 @@ def test_byte_level_text_is_shown_as_soon_as_its_character_is_complete() -> None
     tokenizer = byte_level()
     euro = [tokenizer.get_vocab()[char] for char in ("â", "Ĥ", "¬")]
     detokenizer = vocabulary.detokenizer(skip_special_tokens=True)
-    assert [detokenizer.append(token_id) for token_id in euro] == ["", "", "€"]
+    assert [detokenizer.extend([token_id]) for token_id in euro] == ["", "", "€"]
 
 
 def test_an_unknown_decoder_is_refused_by_name() -> None:

@@ -167,7 +167,7 @@ def test_at_end_sends_one_chunk() -> None:
         return [event async for event in output.stream]
 
     chunk, finished = asyncio.run(play())
-    assert chunk == OutputChunk(0, tuple(ids("hello")), "hello", (StepLogprobs(-1.0),) * 5)
+    assert chunk == OutputChunk(0, ids("hello"), ["hello"], [StepLogprobs(-1.0)] * 5)
     assert isinstance(finished, ChoiceFinished)
 
 
@@ -209,6 +209,6 @@ def test_the_demo_tokenizer_loads(repository: Path) -> None:
     tokenizer = Tokenizer.load(repository / "examples" / "demo" / "base")
     text = "Once upon a time"
     detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
-    pieces = [detokenizer.append(token_id) for token_id in tokenizer.encode(text, add_special_tokens=True)]
+    pieces = [detokenizer.extend([token_id]) for token_id in tokenizer.encode(text, add_special_tokens=True)]
     assert ("".join(pieces) + detokenizer.flush()).strip() == text
     assert tokenizer.can_chat

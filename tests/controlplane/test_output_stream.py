@@ -70,8 +70,8 @@ def test_a_reader_that_stops_reading_holds_one_chunk_per_choice() -> None:
         stream.close()
         items = [item async for item in stream]
         assert items[0] == "started"
-        assert items[1] == OutputChunk(0, tuple(range(0, 10_000, 2)), "x" * 5_000)
-        assert items[2] == OutputChunk(1, tuple(range(1, 10_000, 2)), "x" * 5_000)
+        assert items[1] == OutputChunk(0, list(range(0, 10_000, 2)), ["x"] * 5_000, [])
+        assert items[2] == OutputChunk(1, list(range(1, 10_000, 2)), ["x"] * 5_000, [])
 
     asyncio.run(play())
 
@@ -93,7 +93,7 @@ def test_a_waiting_reader_gets_each_push_at_once() -> None:
             await asyncio.sleep(0)
         stream.close()
         await reader
-        assert got == [OutputChunk(0, (token,), str(token)) for token in range(3)]
+        assert got == [OutputChunk(0, [token], [str(token)], []) for token in range(3)]
 
     asyncio.run(play())
 
@@ -106,7 +106,7 @@ def test_an_error_comes_after_what_was_pushed_and_nothing_after_it() -> None:
         stream.push(0, [2], "b")
         stream.put("late")
         stream.fail(ValueError("the first end counts"))
-        assert await anext(stream) == OutputChunk(0, (1,), "a")
+        assert await anext(stream) == OutputChunk(0, [1], ["a"], [])
         with pytest.raises(ValueError, match="broken"):
             await anext(stream)
         with pytest.raises(StopAsyncIteration):
@@ -123,7 +123,7 @@ def test_closing_wakes_a_waiting_reader_and_a_cancelled_reader_loses_nothing() -
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         stream.push(0, [1], "a")
-        assert await anext(stream) == OutputChunk(0, (1,), "a")
+        assert await anext(stream) == OutputChunk(0, [1], ["a"], [])
         last = asyncio.ensure_future(anext(stream, None))
         await asyncio.sleep(0)
         stream.close()
