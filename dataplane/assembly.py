@@ -20,13 +20,15 @@ from dataplane.engine import Engine
 from dataplane.inbox import Inbox
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import ModelConfig, load_model_config
-from dataplane.model.decoder import Decoder
+from dataplane.model.decoder import Decoder, lora_groups
 from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
 from dataplane.model_runner import TorchModelRunner
 from dataplane.page_pool import PagePool
-from dataplane.pool_sizing import choose_num_pages
+from dataplane.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
 from dataplane.residency import Residency
-from kernels.lora_torch import TorchLoraOps
+from kernels.backend import lora_ops, why_torch
+from kernels.lora import LoraOps
+from kernels.plan_layout import LoraLimits
 from protos.loraplane.v1 import data_plane_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -67,15 +69,29 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None) -
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
     geometry = model_config.geometry(dtype, config.max_lora_rank, config.model_name, fingerprint(config.model_dir))
     weights = _weights(config, model_config, getattr(torch, dtype), device, progress)
-    model = Decoder(model_config, weights, TorchLoraOps(), TorchAttention(geometry.page_tokens))
+    lora = _lora_ops(config, model_config, getattr(torch, dtype), device)
+    model = Decoder(model_config, weights, lora, TorchAttention(geometry.page_tokens))
     num_pages = choose_num_pages(config, geometry, max_model_len, model, device)
+    max_model_len = fit_max_model_len(config, geometry, max_model_len, num_pages)
+    warn_of_large_adapters(geometry, num_pages)
     limits = _limits(config, model_config, geometry, max_model_len, num_pages)
-    # Zeroed: torch may read, and then ignore, what nobody has written; a NaN there would not be ignored.
-    pool = torch.zeros((geometry.num_layers, num_pages, geometry.page_elems), dtype=getattr(torch, dtype), device=device)
+    pool = _allocate_pool(geometry, num_pages, device)
     epoch = secrets.randbits(63)
     _log.info("model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype)
     inbox, host_cache, engine = _build_engine(config, geometry, limits, model, pool, epoch)
     return DataPlane(inbox, engine, host_cache, _describe(config, model_config, geometry, limits, device, epoch))
+
+
+def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device) -> torch.Tensor:
+    """Zeroed: torch may read, and then ignore, what nobody has written; a NaN there would not be ignored."""
+    shape = (geometry.num_layers, num_pages, geometry.page_elems)
+    try:
+        return torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
+    except RuntimeError as error:  # what torch raises for memory that it cannot have, on any device
+        raise DataPlaneError(
+            f"a pool of {num_pages} pages takes {num_pages * geometry.page_bytes} bytes on {device}, which cannot be had; "
+            "lower --num-pages or --pool-bytes"
+        ) from error
 
 
 def _build_engine(
@@ -94,6 +110,14 @@ def _build_engine(
     residency = Residency(pages, host_cache, TensorCopier(pool), inbox.put_fetched)
     runner = TorchModelRunner(model, pool, limits.page_tokens, limits.eos_token_ids, residency.adapter)
     return inbox, host_cache, Engine(inbox, runner, pages, residency, limits, epoch, config.orphan_grace_s)
+
+
+def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> LoraOps:
+    groups = lora_groups(model)
+    reason = why_torch(groups, dtype, device)
+    if device.type == "cuda" and reason is not None:
+        _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
+    return lora_ops(groups, dtype, device, LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank))
 
 
 def _device(config: DataPlaneConfig) -> torch.device:

@@ -3,17 +3,21 @@
 Knows the model as something that can be run, and pages only by their size.
 """
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 
 from adapter_store.geometry import BaseGeometry
+from adapter_store.packing import pack_rows
 from dataplane.config import DataPlaneConfig
 from dataplane.model.step_inputs import StepInputs
 from dataplane.model_runner import ForwardModel
 from dataplane.sampling import SamplingRow, sample
 from protos.planes import EngineSampling
+
+_log = logging.getLogger(__name__)
 
 # Of the memory that is available on a machine without a GPU. Pages cost nothing there until they are first written.
 CPU_MEMORY_SHARE = 0.25
@@ -22,7 +26,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class PoolTooSmallError(Exception):
-    """The memory does not hold a pool that can serve anything."""
+    """The pool does not hold what it must; the message has the numbers."""
 
 
 def choose_num_pages(
@@ -49,6 +53,37 @@ def choose_num_pages(
         )
     # More than every request at its longest, and as much again for adapters, would never be used.
     return min(num_pages, 2 * config.max_num_seqs * geometry.num_kv_pages(max_model_len))
+
+
+def fit_max_model_len(config: DataPlaneConfig, geometry: BaseGeometry, max_model_len: int, num_pages: int) -> int:
+    """The longest request that the pool can finish: `max_model_len`, or less where that was not asked for.
+
+    Raises:
+        PoolTooSmallError: a length was asked for that the whole pool does not hold.
+    """
+    largest = num_pages * geometry.page_tokens
+    if max_model_len <= largest:
+        return max_model_len
+    num_needed = geometry.num_kv_pages(max_model_len)
+    text = f"a request of {max_model_len} tokens takes {num_needed} pages of the pool, which has {num_pages}"
+    if config.max_model_len is not None:
+        raise PoolTooSmallError(f"{text}; give the pool more, or set --max-model-len {largest} or less")
+    _log.warning("%s: requests are limited to %d tokens; give the pool more pages for longer ones", text, largest)
+    return largest
+
+
+def warn_of_large_adapters(geometry: BaseGeometry, num_pages: int) -> None:
+    """Says so if the pool is too small for an adapter of the largest rank on all modules and one page of KV beside it."""
+    ranks = {module.name: geometry.max_lora_rank for module in geometry.modules}
+    num_needed = pack_rows(ranks, geometry).num_pages + 1
+    if num_needed > num_pages:
+        _log.warning(
+            "an adapter of rank %d (--max-lora-rank) on every module takes %d pages and its request at least one more; the pool "
+            "has %d, so requests for such an adapter are refused",
+            geometry.max_lora_rank,
+            num_needed - 1,
+            num_pages,
+        )
 
 
 def _free_bytes_cuda(

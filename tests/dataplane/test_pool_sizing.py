@@ -10,7 +10,7 @@ from adapter_store.geometry import BaseGeometry, LinearShape
 from dataplane import pool_sizing
 from dataplane.config import DataPlaneConfig
 from dataplane.model.step_inputs import StepInputs
-from dataplane.pool_sizing import PoolTooSmallError, choose_num_pages
+from dataplane.pool_sizing import PoolTooSmallError, choose_num_pages, fit_max_model_len, warn_of_large_adapters
 
 # 2 layers of pages of 16 tokens, K and V of 8 elements in float32: 2048 bytes a page.
 GEOMETRY = BaseGeometry("base", "f", "float32", 2, 1, 8, (LinearShape("q_proj", 8, 8),), 16)
@@ -44,6 +44,29 @@ def test_bytes_below_a_page_are_refused_with_the_numbers() -> None:
 
 def test_pages_that_no_batch_could_fill_are_not_taken() -> None:
     assert _choose(replace(CONFIG, pool_bytes=1 << 30)) == 2 * 4 * 10
+
+
+def test_a_length_that_was_asked_for_and_never_fits_is_refused_with_the_numbers() -> None:
+    config = replace(CONFIG, num_pages=9, max_model_len=160)
+    message = (
+        r"a request of 160 tokens takes 10 pages of the pool, which has 9; give the pool more, or set --max-model-len 144 or less"
+    )
+    with pytest.raises(PoolTooSmallError, match=message):
+        fit_max_model_len(config, GEOMETRY, 160, 9)
+    assert fit_max_model_len(config, GEOMETRY, 160, 10) == 160
+
+
+def test_a_length_that_follows_from_the_model_is_cut_to_the_pool_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert fit_max_model_len(replace(CONFIG, num_pages=1), GEOMETRY, 160, 1) == 16
+    assert "requests are limited to 16 tokens" in caplog.text
+
+
+def test_a_pool_without_room_for_the_largest_adapter_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    # A page holds 256 elements: 32 rows of 8, and rank 16 has as many.
+    warn_of_large_adapters(GEOMETRY, 2)
+    assert caplog.text == ""
+    warn_of_large_adapters(GEOMETRY, 1)
+    assert "an adapter of rank 16 (--max-lora-rank) on every module takes 1 pages" in caplog.text
 
 
 def test_free_memory_sizes_the_pool_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

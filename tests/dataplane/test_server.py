@@ -391,6 +391,7 @@ def test_an_address_that_is_taken_is_named(served: Served) -> None:
     [
         ({"max_model_len": 257}, "--max-model-len 257 is over the model's max_position_embeddings 256"),
         ({"token_budget": 7}, "token_budget 7 is below max_num_seqs 8"),
+        ({"num_pages": 1 << 50}, "which cannot be had; lower --num-pages"),
     ],
 )
 def test_limits_that_cannot_be_kept_are_refused_with_the_numbers(served: Served, change: dict[str, Any], message: str) -> None:
