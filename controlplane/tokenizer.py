@@ -84,7 +84,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """Text to ids, at once."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # As a batch of one: unlike `encode`, that lets other threads run, so that a long text in a thread holds up nobody.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """A conversation as text.

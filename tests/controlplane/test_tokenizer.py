@@ -116,6 +116,21 @@ def test_long_prompts_are_tokenized_alike_in_a_thread(tmp_path: Path) -> None:
     assert asyncio.run(tokenizer.encode_chat(chat, True)) == tokenizer.encode(rendered, add_special_tokens=False)
 
 
+def test_a_long_prompt_in_a_thread_lets_the_event_loop_run(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, {}, with_post_processor=True)
+    tokenizer = Tokenizer.load(tmp_path)
+
+    async def turns_meanwhile() -> int:
+        encoding = asyncio.create_task(tokenizer.encode_text("hello world " * 60_000))
+        turns = 0
+        while not encoding.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        return turns
+
+    assert asyncio.run(turns_meanwhile()) > 20
+
+
 def test_a_template_may_refuse_a_conversation(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, {"chat_template": CHAT_TEMPLATE}, with_post_processor=True)
     with pytest.raises(ChatTemplateError, match="unknown role tool"):
