@@ -6,7 +6,7 @@ tokenizers, adapters or load.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from controlplane.errors import FieldViolation, InvalidArgumentError
 from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, OutputOptions, TextPrompt, TokenPrompt
@@ -50,6 +50,8 @@ class _Checks:
 
     def token_ids(self, field: str, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
         checked = tuple(ids)
+        if max(checked, default=0) < vocab_size:
+            return checked
         wrong = [(index, token_id) for index, token_id in enumerate(checked) if token_id >= vocab_size]
         for index, token_id in wrong[:8]:
             limit = f"it must be below the vocabulary size, {vocab_size}"
@@ -76,7 +78,6 @@ def parse_generate(request: pb.GenerateRequest, limits: ModelLimits) -> Generate
     )
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
     _check_lengths(checks, max_tokens, sampling.min_tokens, limits)
-    _check_stops(checks, sampling.stop, output)
     num_stop_ids = len(sampling.stop_token_ids)
     checks.require(
         num_stop_ids <= MAX_STOP_TOKEN_IDS,
@@ -100,7 +101,7 @@ def parse_generate(request: pb.GenerateRequest, limits: ModelLimits) -> Generate
         ),
         presence_penalty=checks.number("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=checks.number("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
-        stop=tuple(sampling.stop),
+        stop=_parse_stops(checks, sampling.stop, output),
         stop_token_ids=checks.token_ids(
             "sampling.stop_token_ids", sampling.stop_token_ids[:MAX_STOP_TOKEN_IDS], limits.vocab_size
         ),
@@ -221,11 +222,12 @@ def _parse_chat(checks: _Checks, chat: pb.ChatMessages, limits: ModelLimits) -> 
         "chat.messages",
         f"has {num_messages} messages; {limits.max_model_len} tokens, the model's limit, cannot hold more than as many",
     )
-    for index, message in enumerate(chat.messages[: limits.max_model_len]):
-        checks.require(message.role != "", f"chat.messages[{index}].role", "is empty; it must be set, such as to 'user'")
-    num_chars = sum(len(message.content) + len(message.role) for message in chat.messages)
+    # Those past the limit are not looked at: a message holds millions.
+    messages = tuple({"role": each.role, "content": each.content} for each in chat.messages[: limits.max_model_len])
+    for index, message in enumerate(messages):
+        checks.require(message["role"] != "", f"chat.messages[{index}].role", "is empty; it must be set, such as to 'user'")
+    num_chars = sum(len(message["content"]) + len(message["role"]) for message in messages)
     _check_text_length(checks, "chat.messages", num_chars, limits)
-    messages = tuple({"role": message.role, "content": message.content} for message in chat.messages)
     return ChatPrompt(messages, chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True)
 
 
@@ -257,10 +259,10 @@ def _check_lengths(checks: _Checks, max_tokens: int | None, min_tokens: int, lim
         )
 
 
-def _check_stops(checks: _Checks, stops: Iterable[str], output: OutputOptions) -> None:
-    stops = list(stops)
+def _parse_stops(checks: _Checks, stops: Sequence[str], output: OutputOptions) -> tuple[str, ...]:
     checks.require(len(stops) <= MAX_STOPS, "sampling.stop", f"has {len(stops)} texts; at most {MAX_STOPS} are allowed")
-    for index, stop in enumerate(stops[: MAX_STOPS + 1]):
+    kept = tuple(stops[:MAX_STOPS])
+    for index, stop in enumerate(kept):
         checks.require(
             1 <= len(stop) <= MAX_STOP_CHARS,
             f"sampling.stop[{index}]",
@@ -271,6 +273,7 @@ def _check_stops(checks: _Checks, stops: Iterable[str], output: OutputOptions) -
         "sampling.stop",
         "is set together with output.token_ids_only; stop strings need text, so leave one of them out",
     )
+    return kept
 
 
 def _parse_ttft_slo(checks: _Checks, request: pb.GenerateRequest) -> float | None:

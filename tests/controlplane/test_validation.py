@@ -176,6 +176,13 @@ def test_a_hostile_message_costs_a_bounded_number_of_violations() -> None:
     assert len(found) <= MAX_VIOLATIONS
 
 
+def test_what_lies_past_a_limit_is_not_looked_at() -> None:
+    messages = [pb.ChatMessage(role="user")] * LIMITS.max_model_len + [pb.ChatMessage(role="user", content="x" * 1000)]
+    assert list(violations(request(chat=pb.ChatMessages(messages=messages)))) == ["chat.messages"]
+    assert "33 messages" in violations(request(chat=pb.ChatMessages(messages=messages)))["chat.messages"]
+    assert list(violations(sampling(stop=["x"] * 16 + [""]))) == ["sampling.stop"]
+
+
 def test_chat_without_a_template_is_refused() -> None:
     limits = ModelLimits(vocab_size=100, max_model_len=32, max_token_chars=8, can_chat=False)
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
