@@ -48,7 +48,10 @@ class DataPlaneRefusedError(Exception):
 
 
 class SessionListener(Protocol):
-    """Hears of a session's life. Called on the event loop: on_described, on_connected, on_reports..., on_lost, and again."""
+    """Hears of a session's life. Called on the event loop: on_described, on_connected, on_reports..., on_lost, and again.
+
+    Raising ends the session; on_lost follows on_connected in any case.
+    """
 
     def on_described(self, address: str, description: DataPlaneDescription) -> None:
         """What the data plane is. Raises DataPlaneRefusedError to have nothing to do with it."""
@@ -144,7 +147,14 @@ class DataPlaneSession:
         finally:
             was_connected, self._is_connected, self._call = self._is_connected, False, None
             if was_connected:
-                self._listener.on_lost(self.address)
+                self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """A listener that fails must not end the attempts."""
+        try:
+            self._listener.on_lost(self.address)
+        except Exception:
+            _log.exception("listener failed address=%s", self.address)
 
     async def _run(self, stub: "pb_grpc.DataPlaneServiceAsyncStub") -> None:
         response = await stub.Describe(pb.DescribeRequest(), timeout=self._config.describe_timeout_s)
@@ -168,8 +178,8 @@ class DataPlaneSession:
             epoch = first.state.epoch if first.state is not None else None
             raise SessionBrokenError(f"the first report must carry the state of epoch {description.epoch}, it has {epoch}")
         _log.info("session open address=%s session=%s epoch=%d", self.address, hello.session_id, hello.epoch)
+        self._is_connected = True  # from here on on_lost is due, even if the listener fails halfway
         self._listener.on_connected(self.address, description, first.state)
-        self._is_connected = True
         sequence, applied = 0, 0
         while True:
             for report in reports:

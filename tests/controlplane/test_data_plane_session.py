@@ -131,6 +131,24 @@ def test_a_session_says_hello_and_hears_every_report(address: str) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("callback", ["connected", "lost"])
+def test_a_listener_that_fails_hears_of_the_loss_and_of_the_next_session(address: str, callback: str) -> None:
+    class Failing(Listener):
+        def _hear(self, what: str) -> None:
+            super()._hear(what)
+            if what == callback and self.count(what) == 1:
+                raise RuntimeError("this listener is broken")
+
+    async def play() -> None:
+        listener = Failing()
+        data_plane = Misbehaving([StepReport(7, 0, state=EngineState(5))])
+        async with serving(address, data_plane), session_with(address, listener):
+            await listener.wait_for(lambda: listener.count("connected") == 3)
+        assert [each for each in listener.heard if each != "described"][:4] == ["connected", "lost", "connected", "lost"]
+
+    asyncio.run(play())
+
+
 def test_a_session_waits_for_a_data_plane_that_is_not_there_yet(address: str) -> None:
     async def play() -> None:
         listener = Listener()
