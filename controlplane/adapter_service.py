@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf import timestamp_pb2
@@ -62,7 +63,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         pinning = Pinning(self._directory, control)
         self._writer = RegistryWriter(registry.redis, self._directory, registry.images, pinning, control.geometry)
         # request_ids under way here: a repetition waits for the first instead of importing beside it.
-        self._request_locks: dict[str, asyncio.Lock] = {}
+        # A lock lives for as long as a call has it.
+        self._request_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._directory.on_change(self._on_change)
 
     def close(self) -> None:
@@ -186,13 +188,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         if mark is None:
             yield
             return
-        lock = self._request_locks.setdefault(mark.request_id, asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked():
-                self._request_locks.pop(mark.request_id, None)
+        async with self._request_locks.setdefault(mark.request_id, asyncio.Lock()):
+            yield
 
 
 def _mark(request: Message, request_id: str) -> RequestMark | None:

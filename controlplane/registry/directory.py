@@ -7,6 +7,7 @@ is synchronous, so a name is resolved and its weights are held in one indivisibl
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
@@ -187,7 +188,7 @@ class AdapterDirectory:
         first = self.revision.number - len(self._changes)
         if number < first:
             return None
-        return [change for change in self._changes if change.revision.number > number]
+        return list(islice(self._changes, number - first, None))
 
     async def changed(self) -> None:
         """Returns after the next change."""

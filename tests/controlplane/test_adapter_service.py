@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from adapter_store.geometry import LORA_MODULES, BaseGeometry, LinearShape
 from adapter_store.image_store import ImageStore
 from adapter_store.sources import UploadArea
-from controlplane.adapter_service import AdapterService
+from controlplane.adapter_service import MAX_CHUNK_BYTES, AdapterService
 from controlplane.auth import Authenticator, Caller
 from controlplane.errors import NotFoundError, UnavailableError
 from controlplane.interceptors import CallGuard
@@ -33,7 +33,9 @@ from controlplane.messages import AdapterResidency
 from controlplane.registry import watch as watch_module
 from controlplane.registry import writer as writer_module
 from controlplane.registry.embedded_redis import EmbeddedRedis
+from controlplane.registry.redis_registry import RequestMark
 from controlplane.registry.registry import AdapterRegistry, RegistryConfig
+from controlplane.server import MAX_MESSAGE_BYTES
 from protos.loraplane.v1 import adapter_pb2 as pb
 from protos.loraplane.v1 import adapter_pb2_grpc
 from protos.planes import AdapterPlace
@@ -163,7 +165,8 @@ async def serving(
     root.mkdir(exist_ok=True)
     async with AdapterRegistry(RegistryConfig(tmp_path / "state", redis_url), store, control) as registry:
         service = AdapterService(registry, control, uploads, [root])
-        server = grpc.aio.server(interceptors=[CallGuard(Authenticator(callers))])
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        server = grpc.aio.server(interceptors=[CallGuard(Authenticator(callers))], options=options)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -299,6 +302,27 @@ def test_a_repeated_request_id_gets_the_first_answer(run: Run) -> None:
     run(scenario)
 
 
+def test_calls_with_one_request_id_never_run_beside_each_other(run: Run) -> None:
+    async def scenario(s: Served) -> None:
+        num_inside, most = 0, 0
+
+        async def call(times: int) -> None:
+            nonlocal num_inside, most
+            for _ in range(times):
+                async with s.service._once(RequestMark("r1", "fingerprint")):
+                    num_inside += 1
+                    most = max(most, num_inside)
+                    await asyncio.sleep(0)
+                    num_inside -= 1
+
+        # The first comes again at once, while the second has been woken and does not run yet.
+        await asyncio.gather(call(3), call(1), call(1))
+        assert most == 1
+        assert not s.service._request_locks
+
+    run(scenario)
+
+
 def test_validate_only_checks_everything_and_publishes_nothing(run: Run) -> None:
     async def scenario(s: Served) -> None:
         adapter = await s.register("a", 1, validate_only=True, request_id="r1")
@@ -335,6 +359,29 @@ def test_every_bad_field_of_a_registration_is_named_at_once(run: Run) -> None:
             "labels.'long'",
             "request_id",
         ]
+
+    run(scenario)
+
+
+def test_what_is_too_much_is_named_with_its_number_and_the_limit(run: Run) -> None:
+    async def scenario(s: Served) -> None:
+        labels = {f"k{number}": "v" for number in range(65)}
+        aliases = [f"b{number}" for number in range(65)]
+        for fields, field, words in (
+            ({"labels": labels}, "labels", "65 given; at most 64"),
+            ({"aliases": aliases}, "aliases", "65 given; at most 64"),
+            ({"request_id": "r" * 129}, "request_id", "(129 characters) must be at most 128"),
+        ):
+            with Refused(Code.INVALID_ARGUMENT, words) as refusal:
+                await s.register("a", **fields)
+            assert refusal.fields == [field]
+        kept = await s.register("a", labels=dict(list(labels.items())[:64]), aliases=aliases[:64])
+        assert (len(kept.labels), len(kept.aliases)) == (64, 64)
+        for seconds in (-1, 3601):
+            with Refused(Code.INVALID_ARGUMENT, f"{seconds} s must be from 0 to 3600 s") as refusal:
+                await s.unregister("a", drain_timeout=duration_pb2.Duration(seconds=seconds))
+            assert refusal.fields == ["drain_timeout"]
+        assert (await s.get("a")) == kept
 
     run(scenario)
 
@@ -434,6 +481,8 @@ def test_broken_uploads_are_refused_and_leave_nothing(run: Run, tmp_path: Path) 
             ([*parts[:-1], flipped], Code.INVALID_ARGUMENT, "SHA-256"),
             ([pb.UploadAdapterRequest()], Code.INVALID_ARGUMENT, "file or chunk"),
             ([], Code.INVALID_ARGUMENT, "was not sent"),
+            ([parts[0], pb.UploadAdapterRequest(chunk=bytes(MAX_CHUNK_BYTES + 1))], Code.INVALID_ARGUMENT, "at most 4194304"),
+            ([parts[0], parts[0]], Code.INVALID_ARGUMENT, "adapter_config.json"),
             ([pb.UploadAdapterRequest(file=pb.FileHeader(name="../x", size_bytes=1))], Code.INVALID_ARGUMENT, "'../x'"),
             ([pb.UploadAdapterRequest(file=header)], Code.RESOURCE_EXHAUSTED, "the limit is 1048576"),
         ]
