@@ -37,5 +37,5 @@ def adapter_residency(digest: str, data_planes: Mapping[str, DataPlane], to_epoc
         if event is not None:
             used = data_plane.adapter_last_used.get(digest)
             last_used = used + to_epoch_s if used is not None else None
-            found.append(AdapterResidency(address, event.place, event.size_bytes, last_used))
+            found.append(AdapterResidency(address, event.place, event.size_bytes, last_used, event.error))
     return tuple(found)

@@ -101,12 +101,16 @@ class DataPlaneDescription:
 
 
 class AdapterResidency(NamedTuple):
-    """Where an adapter lies in one data plane. `last_used` is seconds since the Unix epoch, None if no request used it there."""
+    """Where an adapter lies in one data plane, or why it does not.
+
+    `last_used` is seconds since the Unix epoch, None if no request used it there; `error` is set where the place is FAILED.
+    """
 
     address: str
     place: AdapterPlace
     size_bytes: int
     last_used: float | None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class AdapterView:
         if AdapterPlace.FETCHING in places:
             return pb.ADAPTER_STATE_FETCHING, ""
         if AdapterPlace.FAILED in places:
-            failed = ", ".join(r.address for r in residency if r.place is AdapterPlace.FAILED)
+            failed = ", ".join(f"{r.address} ({r.error})" for r in residency if r.place is AdapterPlace.FAILED)
             return pb.ADAPTER_STATE_FAILED, f"could not be loaded on {failed}; the next request tries again"
         return pb.ADAPTER_STATE_REGISTERED, ""
 

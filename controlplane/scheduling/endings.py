@@ -28,7 +28,8 @@ def of_engine(finished: FinishedRequest, request: Request) -> tuple[FinishReason
     if finished.reason is EngineFinishReason.ADAPTER_FAILED:
         name = request.spec.adapter.name if request.spec.adapter is not None else ""
         message = f"adapter {name!r} could not be loaded: {finished.error}"
-        return FinishReason.ERROR, DataLossError(message, reason="ADAPTER_LOAD_FAILED", metadata={"adapter": name})
+        metadata = {"adapter": name, "found": finished.error}
+        return FinishReason.ERROR, DataLossError(message, reason="ADAPTER_LOAD_FAILED", metadata=metadata)
     request_id = request.spec.request_id
     return FinishReason.ERROR, InternalError(
         f"the data plane refused request {request_id!r}; its log says why", reason="REJECTED", metadata={"id": request_id}

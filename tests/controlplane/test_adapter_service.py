@@ -367,14 +367,14 @@ def test_what_is_too_much_is_named_with_its_number_and_the_limit(run: Run) -> No
     async def scenario(s: Served) -> None:
         labels = {f"k{number}": "v" for number in range(65)}
         aliases = [f"b{number}" for number in range(65)]
-        for fields, field, words in (
+        for fields, named, words in (
             ({"labels": labels}, "labels", "65 given; at most 64"),
             ({"aliases": aliases}, "aliases", "65 given; at most 64"),
             ({"request_id": "r" * 129}, "request_id", "(129 characters) must be at most 128"),
         ):
             with Refused(Code.INVALID_ARGUMENT, words) as refusal:
                 await s.register("a", **fields)
-            assert refusal.fields == [field]
+            assert refusal.fields == [named]
         kept = await s.register("a", labels=dict(list(labels.items())[:64]), aliases=aliases[:64])
         assert (len(kept.labels), len(kept.aliases)) == (64, 64)
         for seconds in (-1, 3601):

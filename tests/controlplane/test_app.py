@@ -355,6 +355,29 @@ def test_a_request_that_cannot_start_in_time_is_aborted_early(play: Callable[...
     play(scenario, replace(NULL, max_num_seqs=1, step_s=0.02))
 
 
+def test_the_larger_priority_is_served_first_and_equals_by_arrival(play: Callable[..., None]) -> None:
+    async def scenario(client: Client) -> None:
+        ended: list[str] = []
+
+        async def ask(request_id: str, **fields: Any) -> None:
+            await client.generate(text="x", request_id=request_id, sampling=sampling(max_tokens=2), **fields)
+            ended.append(request_id)
+
+        first = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=100, seed=0)))
+        tasks = []
+        while not client.null.engine.standing:
+            await asyncio.sleep(0.01)
+        asked = [("low", -100), ("unset", None), ("zero", 0), ("high", 100), ("higher than none", 1)]
+        for number, (request_id, priority) in enumerate(asked, start=1):
+            tasks.append(asyncio.create_task(ask(request_id, priority=priority)))
+            while (await client.system.GetLoad(system_pb2.GetLoadRequest())).num_waiting < number:
+                await asyncio.sleep(0)
+        await asyncio.gather(first, *tasks)
+        assert ended == ["high", "higher than none", "unset", "zero", "low"]
+
+    play(scenario, replace(NULL, max_num_seqs=1, step_s=0.005))
+
+
 async def _raise(error: BaseException) -> None:
     raise error
 
@@ -593,6 +616,7 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone(play: Cal
         assert code is grpc.StatusCode.DATA_LOSS
         assert "broken" in message
         assert details["ErrorInfo"].reason == "ADAPTER_LOAD_FAILED"
+        assert (details["ErrorInfo"].metadata["adapter"], details["ErrorInfo"].metadata["found"]) == ("tiny", "broken")
         assert (await base).token_ids[0] == client.expected("x", 0, 50)
         assert client.app.directory.num_leases(digest) == 0
 

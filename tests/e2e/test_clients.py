@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from protos.loraplane.v1 import adapter_pb2
+
 if TYPE_CHECKING:
     from tests.e2e.conftest import Service, TinyModel
 
@@ -102,6 +104,9 @@ def test_a_request_whose_adapter_cannot_be_loaded_fails_alone(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.generate(bad.name, PROMPT, max_tokens=30)
         assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        shown = (await service.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=bad.name))).adapter
+        assert shown.state == adapter_pb2.ADAPTER_STATE_FAILED
+        assert "content has digest" in shown.error, "it must say what is wrong with the weights"
         assert all(answer.token_ids for answer in await asyncio.gather(*healthy))
 
     run_service(model, scenario)
