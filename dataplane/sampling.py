@@ -10,6 +10,8 @@ import torch
 
 from protos.planes import EngineSampling, StepLogprobs
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
@@ -24,6 +26,11 @@ class SamplingRow:
         """Place of the new token in its request."""
         return len(self.token_ids)
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -37,19 +44,27 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: Seq
     """Chooses one token for each row. logits: [num_rows, vocab] float32, overwritten."""
     if not rows:
         return ()
-    raw = {i: logits[i].clone() for i, row in enumerate(rows) if row.sampling.num_logprobs is not None}
+    asked = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
+    raw = logits[asked] if asked else None  # a copy
     for i, row in enumerate(rows):
-        _penalize(logits[i], row)
-        _forbid_early_end(logits[i], row, eos_token_ids)
-    best = logits.amax(dim=-1)
-    # The first maximum: argmax leaves open which of several it returns.
-    chosen = (logits == best.unsqueeze(1)).to(torch.int8).argmax(dim=-1)
+        sampling = row.sampling
+        if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+            _penalize(logits[i], row)
+        if row.num_output_tokens < sampling.min_tokens:
+            _forbid_end(logits[i], sampling, eos_token_ids)
+    # The first of several maxima; a NaN counts as the largest.
+    chosen = logits.argmax(dim=-1)
+    best = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         chosen[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
-    chosen = torch.where(best.isfinite(), chosen, -1)
     # The one transfer of a step without logprobs: the tokens themselves must reach the host to be reported.
-    return tuple(_sampled(token_id, raw.get(i), rows[i].sampling) for i, token_id in enumerate(chosen.tolist()))
+    token_ids = torch.where(best.isfinite(), chosen, -1).tolist()
+    logprobs: dict[int, StepLogprobs] = {}
+    if raw is not None:
+        num_top = [rows[i].sampling.num_logprobs or 0 for i in asked]
+        logprobs = dict(zip(asked, _logprobs(raw, chosen[asked], num_top), strict=True))
+    return tuple(SampledToken(t, logprobs.get(i)) if t >= 0 else SampledToken(None) for i, t in enumerate(token_ids))
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -90,18 +105,17 @@ def _penalize(logits: torch.Tensor, row: SamplingRow) -> None:
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(list(set(row.token_ids)), dtype=torch.int64, device=logits.device)
         value = logits[seen]
-        logits[seen] = torch.where(value > 0, value / sampling.repetition_penalty, value * sampling.repetition_penalty)
+        value = torch.where(value > 0, value / sampling.repetition_penalty, value * sampling.repetition_penalty)
+        # A penalty near 0 (or a huge one) is a strong wish, not a broken logit.
+        logits[seen] = value.clamp(-_LARGEST, _LARGEST)
     if sampling.presence_penalty or sampling.frequency_penalty:
         output = torch.tensor(row.token_ids[row.num_prompt_tokens :], dtype=torch.int64, device=logits.device)
         used, counts = torch.unique(output, return_counts=True)
         logits[used] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _forbid_early_end(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
-    """Masks every token that would end the request before min_tokens. logits: [vocab], in place."""
-    sampling = row.sampling
-    if len(row.token_ids) - row.num_prompt_tokens >= sampling.min_tokens:
-        return
+def _forbid_end(logits: torch.Tensor, sampling: EngineSampling, eos_token_ids: Sequence[int]) -> None:
+    """Masks every token that would end the request. logits: [vocab], in place."""
     for token_id in (*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)):
         if token_id < len(logits):
             logits[token_id] = -torch.inf
@@ -143,14 +157,14 @@ def _truncate(probs: torch.Tensor, samplings: Sequence[EngineSampling]) -> torch
     return torch.zeros_like(probs).scatter_(1, order, torch.where(kept, ordered, 0.0))
 
 
-def _sampled(token_id: int, raw: torch.Tensor | None, sampling: EngineSampling) -> SampledToken:
-    """raw: [vocab] logits before penalties and temperature, if the request wants logprobs: they are the model's own."""
-    if token_id < 0:
-        return SampledToken(None)
-    if raw is None:
-        return SampledToken(token_id)
-    num_top = sampling.num_logprobs or 0
+def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[StepLogprobs]:
+    """Of the chosen tokens, and of the num_top most likely ones of each row; of equals the lowest ids.
+
+    raw: [num_rows, vocab] logits before penalties and temperature: these logprobs are the model's own.
+    """
     logprobs = raw.log_softmax(dim=-1)
+    own = logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)
     top, ids = logprobs.sort(descending=True, stable=True)
-    packed = StepLogprobs(logprobs[token_id].item(), tuple(ids[:num_top].tolist()), tuple(top[:num_top].tolist()))
-    return SampledToken(token_id, packed)
+    columns = (own, ids[:, : max(num_top)], top[:, : max(num_top)])
+    by_row = zip(*(column.tolist() for column in columns), num_top, strict=True)
+    return [StepLogprobs(own, tuple(ids[:n]), tuple(top[:n])) for own, ids, top, n in by_row]

@@ -90,6 +90,14 @@ def test_greedy_takes_the_lowest_of_equal_maxima() -> None:
     assert _choose([0.0, 3.0, 1.0, 3.0, 3.0], _row()) == 1
 
 
+def test_of_equal_logprobs_the_lowest_ids_are_told() -> None:
+    rows = [_row(num_logprobs=n) for n in (2, None, 3)]
+    first, without, second = sample(torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]] * 3), rows, ())
+    assert first.logprobs is not None and first.logprobs.top_token_ids == (1, 2)
+    assert without.logprobs is None
+    assert second.logprobs is not None and second.logprobs.top_token_ids == (1, 2, 3)
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert _choose([0.0, 1.0, 5.0, 4.9], _row(temperature=temperature)) == 2
@@ -100,6 +108,11 @@ def test_repetition_penalty_covers_prompt_and_output() -> None:
     assert _choose(logits, _row(prompt=[0], output=[1], repetition_penalty=1.5)) == 2
     # Negative logits grow more negative: dividing them would reward the repetition.
     assert _choose([-0.1, -0.15], _row(prompt=[0], repetition_penalty=2.0)) == 1
+
+
+@pytest.mark.parametrize(("penalty", "token_id"), [(1e-45, 0), (1e38, 1)])
+def test_the_strongest_repetition_penalty_still_gives_a_token(penalty: float, token_id: int) -> None:
+    assert _choose([4.0, 3.0, -9.0], _row(prompt=[0], output=[2], repetition_penalty=penalty)) == token_id
 
 
 def test_presence_and_frequency_penalties_cover_the_output_alone() -> None:
@@ -141,6 +154,18 @@ def test_zero_alternatives_give_the_chosen_tokens_logprob_alone() -> None:
     assert sampled.logprobs is not None
     assert sampled.logprobs.top_token_ids == ()
     assert sampled.logprobs.logprob == pytest.approx(math.log(_softmax(LOGITS)[0]))
+
+
+def test_extreme_parameters_stay_within_the_distribution() -> None:
+    rows = [
+        _row(temperature=1.0, top_k=2**32 - 1),
+        _row(temperature=1.0, top_p=1e-45),
+        _row(temperature=100.0, min_p=1.0),
+        _row(temperature=1e-45, top_k=1, top_p=1e-45, min_p=1.0, seed=2**64 - 1),
+    ]
+    tokens = [s.token_id for s in sample(torch.tensor([LOGITS] * len(rows)), rows, ())]
+    assert tokens[0] in range(len(LOGITS))
+    assert tokens[1:] == [0, 0, 0]
 
 
 def test_no_rows_give_no_tokens() -> None:
