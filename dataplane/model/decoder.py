@@ -30,10 +30,7 @@ class Decoder:
         self._lora = lora
         self._attention = attention
         self._frequencies = inverse_frequencies(config.rope, config.head_dim, weights.norm.device)
-        self._qkv_targets = _targets(config, "q_proj", "k_proj", "v_proj")
-        self._o_targets = _targets(config, "o_proj")
-        self._gate_up_targets = _targets(config, "gate_proj", "up_proj")
-        self._down_targets = _targets(config, "down_proj")
+        self._qkv_targets, self._o_targets, self._gate_up_targets, self._down_targets = lora_groups(config)
 
     @torch.no_grad()
     def forward(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
@@ -43,6 +40,8 @@ class Decoder:
         """
         config = self._config
         lora_plan = self._lora.plan(inputs.adapter_index, inputs.adapters)
+        if not lora_plan.is_empty:
+            self._lora.begin(lora_plan)
         attention_plan = self._attention.plan(inputs)
         hidden = functional.embedding(inputs.token_ids, self._weights.embedding)
         angles = cos_sin(self._frequencies, config.rope.attention_factor, inputs.positions, hidden.dtype)
@@ -98,7 +97,13 @@ class Decoder:
         return y
 
 
-def _targets(config: ModelConfig, *modules: str) -> tuple[LoraTarget, ...]:
+def lora_groups(config: ModelConfig) -> tuple[tuple[LoraTarget, ...], ...]:
+    """The targets of each input of a layer: of q, k and v; of o; of gate and up; of down."""
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    return tuple(_targets(config, modules) for modules in groups)
+
+
+def _targets(config: ModelConfig, modules: tuple[str, ...]) -> tuple[LoraTarget, ...]:
     """The modules whose outputs stand side by side in one fused matrix."""
     shapes = {shape.name: shape for shape in config.linear_shapes}
     targets, start = [], 0
