@@ -51,6 +51,24 @@ class CudaLoraPlan(LoraPlan):
         return not any(self.summary.has_vector) and not any(self.summary.has_matrix)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a plan is made of."""
+
+    adapter_index: tuple[int, ...]
+    adapters: tuple[LoraAdapter, ...]
+    decode: bool
+
+    def is_same(self, other: "_Step") -> bool:
+        """Whether the plans would be the same. Adapters are the same only if they are one object."""
+        return (
+            self.decode == other.decode
+            and self.adapter_index == other.adapter_index
+            and len(self.adapters) == len(other.adapters)
+            and all(mine is its for mine, its in zip(self.adapters, other.adapters, strict=True))
+        )
+
+
 class _Buffers:
     """Everything on the device, zeroed, at addresses that never change."""
 
@@ -95,7 +113,9 @@ class CudaLoraOps(LoraOps):
         # Two stagings: the plan of the next step is written while the copy of this one may not have run yet.
         self._stagings = [torch.zeros(self._planner.capacity.plan_ints, dtype=torch.int32).pin_memory() for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # torch has no type for it
-        self._num_plans = 0
+        self._num_steps = self._num_uploads = 0
+        # What the device's plan was made of: while a batch decodes on unchanged, so does its plan.
+        self._uploaded: tuple[_Step, PlanSummary] | None = None
         self._find_addresses()
 
     def _find_addresses(self) -> None:
@@ -120,16 +140,23 @@ class CudaLoraOps(LoraOps):
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
         decode: MBGMV alone, launched for every input, so that one graph serves every such plan.
         """
-        turn = self._num_plans % 2
-        self._num_plans += 1
-        if self._num_plans % _STEPS_BEFORE_CLEARING == 0:
+        self._num_steps += 1
+        if self._num_steps % _STEPS_BEFORE_CLEARING == 0:
             self._buffers.parts.zero_()
-        self._copied[turn].synchronize()  # of the copy two plans ago: long done
+        wanted = _Step(tuple(adapter_index), tuple(adapters), decode)
+        if self._uploaded is None or not self._uploaded[0].is_same(wanted):
+            self._uploaded = wanted, self._upload(wanted)
+        return CudaLoraPlan(self._uploaded[1], decode)
+
+    def _upload(self, step: _Step) -> PlanSummary:
+        turn = self._num_uploads % 2
+        self._num_uploads += 1
+        self._copied[turn].synchronize()  # of the upload before the last one: long done
         staging = self._stagings[turn]
-        summary = self._planner.write(staging.numpy(), adapter_index, adapters, decode=decode)
+        summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, decode=step.decode)
         self._buffers.plan[: summary.used_ints].copy_(staging[: summary.used_ints], non_blocking=True)
         self._copied[turn].record()
-        return CudaLoraPlan(summary, decode)
+        return summary
 
     def begin(self, plan: LoraPlan) -> None:
         """Makes the plan's tasks on the device: once before a step's first add, and at the head of a graph of its adds."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.adapter_entries import AdapterEntries
 from kernels.lora import LoraAdapter, LoraTarget
@@ -74,7 +75,7 @@ class StepPlanner:
         order = np.argsort(index, kind="stable")
         num_base = int(np.count_nonzero(index < 0))
         ordered, token_rows = index[order[num_base:]], order[num_base:]
-        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+        starts = np.flatnonzero(_is_first_of_run(ordered))
         entries = self._entries.of([adapters[i] for i in ordered[starts].tolist()])
         segments = _Segments(starts, np.diff(starts, append=len(ordered)), entries["rank"].astype(np.int64))
 
@@ -182,6 +183,12 @@ class StepPlanner:
         spans[:, 3] = np.add.reduceat(expand_totals, shape.first_target)
 
 
+def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:
+    is_first = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    return is_first
+
+
 def _starts(counts: Longs) -> Longs:
     """Running sum along the first axis, each element without itself."""
-    return np.cumsum(counts, axis=0) - counts
+    return counts.cumsum(axis=0) - counts

@@ -227,6 +227,24 @@ def test_steps_of_many_plans_in_a_row_do_not_disturb_each_other() -> None:
         assert ((t.y.double() - y).norm() / y.norm()).item() < TOLERANCES[dtype]
 
 
+def test_the_plan_follows_adapters_that_moved() -> None:
+    """The same batch is planned once, and again as soon as one of its adapters is another object, with other rows."""
+    dtype = torch.bfloat16
+    pool = Pool(SMALL, [4, 4], dtype)
+    ops = lora_ops(SMALL, dtype, torch.device("cuda"), LIMITS)
+    tensors = Tensors.random(SMALL[0], 3, dtype)
+    original = tensors.y.clone()
+    found = []
+    for adapters in (pool.adapters[:1], pool.adapters[:1], pool.adapters[1:]):
+        tensors.y.copy_(original)
+        plan = ops.plan([0, 0, -1], adapters)
+        ops.begin(plan)
+        add(ops, plan, pool, tensors, SMALL[0])
+        found.append(tensors.y.clone())
+    assert torch.equal(bits(found[0]), bits(found[1]))
+    assert not torch.equal(found[0][:2], found[2][:2])
+
+
 def test_a_plan_is_empty_exactly_when_no_token_has_anything_to_add() -> None:
     pool = Pool(SMALL, [1], torch.bfloat16)
     ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
