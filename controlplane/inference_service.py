@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from controlplane.auth import current_caller
 from controlplane.chat_template import ChatTemplateError
 from controlplane.dispatcher import Dispatcher, RequestHandle
-from controlplane.errors import InvalidArgumentError, QueueFullError, UnavailableError
+from controlplane.errors import AbortedError, InvalidArgumentError, QueueFullError, UnavailableError
 from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, TextPrompt
 from controlplane.generate_response import ResponseWriter
 from controlplane.messages import AdapterRef, DataPlaneDescription, RequestSpec
 from controlplane.output_processor import GenerationOutput, OutputRules
-from controlplane.registry.directory import AdapterDirectory
+from controlplane.registry.directory import AdapterDirectory, AdapterLease
 from controlplane.tokenizer import Tokenizer
 from controlplane.validation import does_not_fit_error, parse_generate, resolve_max_tokens
 from protos.loraplane.v1 import inference_pb2 as pb
@@ -62,7 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         # Taken before anything awaits, so that the version named is the one that answers.
         lease = self._directory.resolve(params.adapter) if params.adapter else None
         try:
-            await self._generate(params, lease.ref if lease else None, model, context, received_at)
+            await self._generate(params, lease, model, context, received_at)
         finally:
             if lease:
                 lease.release()
@@ -70,14 +70,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _generate(
         self,
         params: GenerateParams,
-        adapter: AdapterRef | None,
+        lease: AdapterLease | None,
         model: DataPlaneDescription,
         context: "Context",
         received_at: float,
     ) -> None:
+        adapter = lease.ref if lease else None
         time_remaining: float | None = context.time_remaining()
         deadline = None if time_remaining is None else received_at + time_remaining
         prompt_token_ids = await self._tokenize(params)
+        if lease and lease.is_revoked:
+            # The dispatcher, which aborts what it has of such an adapter, did not have this request yet.
+            raise AbortedError(f"adapter {lease.ref.name!r} was unregistered", reason="ADAPTER_REMOVED")
         specs = self._specs(params, prompt_token_ids, adapter, model, received_at, deadline)
         output = GenerationOutput(params.num_choices, _output_rules(params, model), self._tokenizer, received_at, self._clock)
         writer = ResponseWriter(specs[0].request_id, adapter, len(prompt_token_ids), self._tokenizer.token_text)

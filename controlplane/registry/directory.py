@@ -34,6 +34,11 @@ class AdapterLease:
         self.ref = ref
         self.version = version
 
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the version was unregistered by force meanwhile: what has not begun with it must not begin."""
+        return self._directory.is_revoked(self.ref.digest)
+
     def release(self) -> None:
         """Gives the version back. A second call does nothing."""
         if not self._released:
@@ -60,6 +65,7 @@ class AdapterDirectory:
         self._names: dict[str, set[str]] = {}  # digest -> names of the adapters that have it as a version
         self._leases: Counter[tuple[str, str]] = Counter()  # (digest, name) -> requests
         self._digest_leases: Counter[str] = Counter()
+        self._revoked: set[str] = set()  # leased digests that no adapter has any more, the last one removed by force
         self._failures: dict[str, str] = {}  # digest -> why it cannot be served
         self._changes: deque[Change] = deque(maxlen=history)
         self._listeners: list[Callable[[Change], None]] = []
@@ -138,6 +144,10 @@ class AdapterDirectory:
         """Versions that requests still use although no adapter has them any more."""
         return frozenset(digest for digest in self._digest_leases if digest not in self._names)
 
+    def is_revoked(self, digest: str) -> bool:
+        """Whether a leased version was unregistered by force."""
+        return digest in self._revoked
+
     def on_idle(self, listener: Callable[[str], None]) -> None:
         """Calls `listener(digest)` whenever the last request that used a version is gone."""
         self._idle_listeners.append(listener)
@@ -146,6 +156,7 @@ class AdapterDirectory:
         _decrement(self._leases, (ref.digest, ref.name))
         _decrement(self._digest_leases, ref.digest)
         if ref.digest not in self._digest_leases:
+            self._revoked.discard(ref.digest)
             for listener in self._idle_listeners:
                 listener(ref.digest)
         if (ref.digest, ref.name) not in self._leases:
@@ -219,6 +230,7 @@ class AdapterDirectory:
             assert count > 0, f"{count} leases on {digest}"
             totals[digest] += count
         assert totals == self._digest_leases, f"leases {self._digest_leases} should be {totals}"
+        assert self._revoked <= self._digest_leases.keys() - self._names.keys(), f"revoked {self._revoked}"
 
     def _put(self, change: Change) -> None:
         name = change.record.name
@@ -232,7 +244,11 @@ class AdapterDirectory:
                 self._names[digest].discard(name)
                 if not self._names[digest]:
                     del self._names[digest]
-        if change.kind is not ChangeKind.DELETED:
+        if change.kind is ChangeKind.DELETED:
+            if change.force:
+                self._revoked |= {d for d in change.record.digests if d in self._digest_leases and d not in self._names}
+        else:
+            self._revoked -= change.record.digests
             self._records[name] = change.record
             self._owners.update(dict.fromkeys((name, *change.record.aliases), name))
             for digest in change.record.digests:

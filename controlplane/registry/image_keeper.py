@@ -118,7 +118,8 @@ class ImageKeeper:
                 await self.collect()
             except UnavailableError as error:
                 logger.debug("images not collected error=%r", error)
-            except OSError:
+            except Exception:
+                # Without its heartbeats the other control planes would take this one for dead, and delete what it uses.
                 logger.exception("images not collected")
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):

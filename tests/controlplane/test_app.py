@@ -27,6 +27,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.inference_service import choice_seed
 from controlplane.rpc_status import DETAILS_KEY
 from controlplane.server import SERVICE_NAMES
+from controlplane.tokenizer import Tokenizer
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc, system_pb2, system_pb2_grpc
 from protos.loraplane.v1 import inference_pb2 as pb
 
@@ -640,3 +641,31 @@ def test_a_forced_unregister_aborts_the_adapter_s_requests(play: Callable[..., N
         assert (await base).token_ids[0] == client.expected("x", 0, 60)
 
     play(scenario, replace(NULL, step_s=0.02), adapter_roots=(root,))
+
+
+def test_a_forced_unregister_aborts_a_request_that_is_still_being_tokenized(
+    play: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "adapters"
+    save_adapter(root / "tiny")
+    began, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: Tokenizer, text: str) -> tuple[int, ...]:
+        began.set()
+        await may_end.wait()
+        return self.encode(text, add_special_tokens=True)
+
+    monkeypatch.setattr(Tokenizer, "encode_text", slowly)
+
+    async def scenario(client: Client) -> None:
+        source = adapter_pb2.AdapterSource(path=str(root / "tiny"))
+        await client.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(name="tiny", source=source))
+        call = asyncio.create_task(client.generate(text="x", adapter="tiny", sampling=sampling(max_tokens=2)))
+        await began.wait()
+        await client.adapters.UnregisterAdapter(adapter_pb2.UnregisterAdapterRequest(name="tiny", force=True))
+        may_end.set()
+        code, _, details = await refused(call)
+        assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.ABORTED, "ADAPTER_REMOVED")
+        client.app.directory.check_integrity()
+
+    play(scenario, adapter_roots=(root,))
