@@ -4,7 +4,6 @@ Works on records, so that a page costs no more messages than it has; an adapter'
 """
 
 import base64
-import binascii
 import json
 import operator
 import re
@@ -18,6 +17,8 @@ from protos.loraplane.v1 import adapter_pb2 as pb
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 MAX_FILTER_CHARS = 2000
+# Of a filter whose every character is escaped, a name, and what stands around them.
+MAX_TOKEN_CHARS = 40_000
 
 Predicate = Callable[[AdapterRecord], bool]
 StateOf = Callable[[AdapterRecord], pb.AdapterState.ValueType]
@@ -116,8 +117,11 @@ def _write_token(request: pb.ListAdaptersRequest, last: tuple[int, str]) -> str:
 
 def _read_token(request: pb.ListAdaptersRequest) -> tuple[int, str]:
     try:
+        if len(request.page_token) > MAX_TOKEN_CHARS:
+            raise ValueError("longer than any that was made")
         filtered, order, value, name = json.loads(base64.b64decode(request.page_token, altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error):
+    # A client may send any JSON at all: no list, or lists within lists without end.
+    except (ValueError, TypeError, RecursionError):
         raise InvalidArgumentError.of("page_token", "was not made by this service; start from the first page") from None
     if (filtered, order) != (request.filter, request.order_by) or not isinstance(value, int) or not isinstance(name, str):
         raise InvalidArgumentError.of("page_token", "belongs to a list with another filter or order_by")

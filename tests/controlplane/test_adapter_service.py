@@ -4,6 +4,7 @@ One long file: test modules cannot import one another's helpers, and all tests h
 """
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -810,6 +811,10 @@ def test_lists_are_filtered_ordered_and_paged(run: Run) -> None:
     run(scenario)
 
 
+# JSON that is not a page token's.
+NO_TOKENS = (b"null", b"5", b"{}", b'["", "", 0]', b'["", "", 1e999, "a"]', b'["", "", 0, null]', b"[" * 20_000)
+
+
 def test_malformed_lists_are_refused_by_field(run: Run) -> None:
     async def scenario(s: Served) -> None:
         for n in range(3):
@@ -819,6 +824,8 @@ def test_malformed_lists_are_refused_by_field(run: Run) -> None:
             ("page_size", {"page_size": 1001}),
             ("page_token", {"page_token": "!"}),
             ("page_token", {"page_token": "AAAA"}),
+            *(("page_token", {"page_token": base64.b64encode(body).decode()}) for body in NO_TOKENS),
+            ("page_token", {"page_token": "A" * (1 << 20)}),
             ("page_token", {"page_token": token, "order_by": "name desc"}),
             ("filter", {"filter": "colour=red"}),
             ("filter", {"filter": "name:a OR name:b"}),
