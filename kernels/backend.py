@@ -1,7 +1,7 @@
 """Chooses the backend of the LoRA operation: the CUDA kernels where they can do the work, else torch. Knows nothing of either."""
 
-import importlib.util
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -28,12 +28,13 @@ def why_torch(groups: Sequence[tuple[LoraTarget, ...]], dtype: torch.dtype, devi
     """Why the CUDA kernels cannot serve these targets, for a log line; None if they can."""
     if device.type != "cuda":
         return f"the device is {device}"
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed: pip install 'loraplane[cuda]'"
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
-    return _why_not_supported(groups, dtype)
+    reason = _why_not_supported(groups, dtype)
+    if reason is None and find_spec("cupy") is None:
+        return "CuPy is not installed: pip install 'loraplane[cuda]'"
+    return reason
 
 
 def _why_not_supported(groups: Sequence[tuple[LoraTarget, ...]], dtype: torch.dtype) -> str | None:

@@ -42,4 +42,12 @@ def test_a_device_too_old_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert backend.why_torch(groups(), torch.float16, torch.device("cuda")) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
     assert backend.why_torch(groups(), torch.float16, torch.device("cuda")) is None
+
+
+def test_without_cupy_torch_serves_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    reason = backend.why_torch(groups(), torch.float16, torch.device("cuda"))
+    assert reason is not None and "pip install 'loraplane[cuda]'" in reason
