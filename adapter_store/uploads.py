@@ -62,7 +62,7 @@ class Upload:
 
         Raises:
             UploadError: the header is wrong, or the file before it is not complete.
-            StoreFullError: the upload would exceed its size limit.
+            StoreFullError: the upload would exceed its size limit, or the disk is full.
         """
         self._close_file()
         if name not in UPLOAD_FILES:
@@ -76,7 +76,10 @@ class Upload:
         if self._size_bytes + size_bytes > self._max_bytes:
             total = self._size_bytes + size_bytes
             raise StoreFullError("upload", f"{name} would make it {total} bytes; the limit is {self._max_bytes}")
-        file = (self._directory / name).open("xb")
+        try:
+            file = (self._directory / name).open("xb")
+        except OSError as error:
+            raise StoreFullError("upload", f"opening {name} failed: {error.strerror}") from error
         self._open = _OpenFile(name, size_bytes, sha256.lower(), file, hashlib.sha256())
         self._names.append(name)
 
@@ -168,7 +171,7 @@ class UploadArea:
         """A new upload.
 
         Raises:
-            StoreFullError: too many arrive or wait.
+            StoreFullError: too many arrive or wait, or the disk is full.
         """
         self.expire()
         upload_id = secrets.token_hex(16)
@@ -178,7 +181,10 @@ class UploadArea:
                     "uploads", f"{len(self._expiry)} arrive or wait to be used; the limit is {self._max_uploads}"
                 )
             directory = self._root / upload_id
-            directory.mkdir()
+            try:
+                directory.mkdir()
+            except OSError as error:
+                raise StoreFullError("uploads", f"making a directory failed: {error.strerror}") from error
             self._expiry[upload_id] = None
         return Upload(upload_id, directory, self._max_bytes, self)
 

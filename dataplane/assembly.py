@@ -64,6 +64,7 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None) -
         DataPlaneError, ModelError, PoolTooSmallError: it cannot be served; the message says why.
     """
     device = _device(config)
+    store = _open_store(config)
     model_config = load_model_config(config.model_dir)
     max_model_len = _max_model_len(config, model_config)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
@@ -78,7 +79,7 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None) -
     pool = _allocate_pool(geometry, num_pages, device)
     epoch = secrets.randbits(63)
     _log.info("model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype)
-    inbox, host_cache, engine = _build_engine(config, geometry, limits, model, pool, epoch)
+    inbox, host_cache, engine = _build_engine(config, store, geometry, limits, model, pool, epoch)
     return DataPlane(inbox, engine, host_cache, _describe(config, model_config, geometry, limits, device, epoch))
 
 
@@ -95,11 +96,17 @@ def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device)
 
 
 def _build_engine(
-    config: DataPlaneConfig, geometry: BaseGeometry, limits: EngineLimits, model: Decoder, pool: torch.Tensor, epoch: int
+    config: DataPlaneConfig,
+    store: ImageStore,
+    geometry: BaseGeometry,
+    limits: EngineLimits,
+    model: Decoder,
+    pool: torch.Tensor,
+    epoch: int,
 ) -> tuple[Inbox, HostCache, Engine]:
     inbox = Inbox()
     host_cache = HostCache(
-        ImageStore(config.store_dir),
+        store,
         geometry,
         config.host_cache_bytes,
         num_workers=NUM_FETCH_WORKERS,
@@ -124,6 +131,14 @@ def _device(config: DataPlaneConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DataPlaneError("--device cuda, but torch finds no CUDA device; use --device cpu or check the driver")
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _open_store(config: DataPlaneConfig) -> ImageStore:
+    """Before the model is loaded, which may take minutes that a wrong path should not cost."""
+    try:
+        return ImageStore(config.store_dir)
+    except OSError as error:
+        raise DataPlaneError(f"--store-dir {config.store_dir} cannot be opened: {error.strerror}") from error
 
 
 def _max_model_len(config: DataPlaneConfig, model: ModelConfig) -> int:

@@ -1,5 +1,6 @@
 """An upload arrives whole or not at all, is used once, and leaves nothing behind."""
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def send_both(area: UploadArea) -> str:
 
 def files(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "uploads").iterdir())
+
+
+def test_a_disk_that_is_full_is_no_bug(area: UploadArea, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    upload = area.begin()
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", fail)
+        full.setattr(Path, "mkdir", fail)
+        with pytest.raises(StoreFullError, match=f"opening {CONFIG} failed: No space left on device"):
+            upload.open_file(CONFIG, 2, sha256(b"{}"))
+        with pytest.raises(StoreFullError, match="making a directory failed: No space left on device"):
+            area.begin()
+    upload.discard()
+    send_both(area)
+    send_both(area)
 
 
 def test_a_finished_upload_can_be_taken_once_and_is_removed_after_use(area: UploadArea, tmp_path: Path) -> None:

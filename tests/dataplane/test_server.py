@@ -399,6 +399,12 @@ def test_limits_that_cannot_be_kept_are_refused_with_the_numbers(served: Served,
         load_data_plane(replace(served.config, **change))
 
 
+def test_a_store_that_cannot_be_opened_is_named(served: Served) -> None:
+    not_a_directory = served.config.model_dir / "config.json"
+    with pytest.raises(DataPlaneError, match=r"--store-dir .*config\.json cannot be opened: File exists"):
+        load_data_plane(replace(served.config, store_dir=not_a_directory))
+
+
 def test_random_weights_serve_too(served: Served) -> None:
     async def run() -> dict[int, list[int]]:
         async with _serve(replace(served.config, load_format=LoadFormat.DUMMY)) as channel:
