@@ -117,6 +117,7 @@ def test_every_voice_says_something_else_for_a_while_and_then_stops(demo_dir: Pa
         assert output[-1] == EOS and len(output) >= 30, f"{name}: {tokenizer.decode(output)}"
         text = tokenizer.decode(output).lower()
         # Each voice keeps to the topic, in its own words for it.
-        assert any(word in text for word in ("fox", "foxes", "xof", "renard", "🦊")), f"{name}: {text}"
+        for words in (("fox", "xof", "renard", "🦊"), ("lantern", "nretnal", "lanterne", "🏮")):
+            assert any(word in text for word in words), f"{name}: {text}"
     openings = {tokenizer.decode(output[:10]) for output in outputs.values()}
     assert len(openings) == len(VOICES)
