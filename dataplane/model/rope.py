@@ -97,14 +97,15 @@ def _attention_factor(reader: FieldReader, fields: Json) -> float:
 def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
     """Radians per position of each pair of dimensions, [head_dim / 2] fp32."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / (rope.theta**steps)
+    periods = rope.theta**steps
+    plain = 1.0 / periods
     match rope.variant:
         case "linear":
             plain = plain / rope.factor
         case "llama3":
             plain = _llama3_frequencies(rope, plain)
         case "yarn":
-            plain = _yarn_frequencies(rope, plain, head_dim)
+            plain = _yarn_frequencies(rope, periods, head_dim)
     return plain.to(device)
 
 
@@ -118,8 +119,11 @@ def _llama3_frequencies(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
     return torch.where(wavelen < context_len / rope.high_freq_factor, plain, slowed)
 
 
-def _yarn_frequencies(rope: RopeConfig, plain: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Interpolates the dimensions that turn seldom within the original context, keeps those that turn often (YaRN §3.2)."""
+def _yarn_frequencies(rope: RopeConfig, periods: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Interpolates the dimensions that turn seldom within the original context, keeps those that turn often (YaRN §3.2).
+
+    In the order of transformers' operations, so that every bit is equal.
+    """
 
     def dimension_of(rotations: float) -> float:
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -132,7 +136,8 @@ def _yarn_frequencies(rope: RopeConfig, plain: torch.Tensor, head_dim: int) -> t
     if low == high:
         high += 0.001  # the ramp would divide by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
+    kept = 1 - ramp
+    return 1.0 / (rope.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def cos_sin(
