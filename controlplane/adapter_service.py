@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from adapter_store.sources import Upload, UploadArea
 from controlplane.auth import current_caller
-from controlplane.errors import DeadlineError, InvalidArgumentError, PreconditionError
+from controlplane.errors import DeadlineError, InvalidArgumentError, PreconditionError, PreconditionViolation
 from controlplane.registry.adapter_control import AdapterControl
 from controlplane.registry.adapter_fields import check_name, check_register, check_unregister, check_update
 from controlplane.registry.adapter_view import CHANGE_TYPES, AdapterView
@@ -161,7 +161,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         record, version = self._directory.find(request.name)
         error = self._directory.failure_of(version)
         if error:
-            raise PreconditionError(f"adapter {record.name!r} cannot be loaded: {error}", reason="ADAPTER_FAILED")
+            violation = PreconditionViolation("ADAPTER_FAILED", record.name, error)
+            raise PreconditionError(f"adapter {record.name!r} cannot be loaded: {error}", [violation], reason="ADAPTER_FAILED")
         self._control.preload(version.digest)
         return pb.PreloadAdapterResponse(adapter=self._view.adapter(record))
 

@@ -998,8 +998,10 @@ def test_adapters_outlive_a_restart_and_a_base_they_were_not_made_for_refuses_th
         async with serving(tmp_path, control=FakeControl(base=other)) as s:
             shown = await s.get("a")
             assert shown.state == pb.ADAPTER_STATE_FAILED and "was packed for base" in shown.error
-            with Refused(Code.FAILED_PRECONDITION, "was packed for base"):
+            with Refused(Code.FAILED_PRECONDITION, "was packed for base") as refusal:
                 await s.stub.PreloadAdapter(pb.PreloadAdapterRequest(name="a"))
+            [violation] = refusal.detail(error_details_pb2.PreconditionFailure).violations
+            assert (violation.type, violation.subject) == ("ADAPTER_FAILED", "a")
             mended = await s.update("a", ["source"], seed=1)
             assert mended.state == pb.ADAPTER_STATE_REGISTERED and mended.current.version != adapter.current.version
 

@@ -105,7 +105,7 @@ class AdapterServiceServicer:
         PERMISSION_DENIED    the path is outside the allowed roots.
         FAILED_PRECONDITION  the base model cannot take it: rank, module, shape, dtype, DoRA, ...; PreconditionFailure lists each.
         DATA_LOSS            the weights are corrupt: truncated, not finite, checksum mismatch; ErrorInfo has file and tensor.
-        RESOURCE_EXHAUSTED   too many registrations at once, or no room in the store; RetryInfo.
+        RESOURCE_EXHAUSTED   too many registrations at once, no room in the store, or too few pages left to pin it; RetryInfo.
         UNAVAILABLE          no data plane has connected yet, so the base model is not known; RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -119,6 +119,7 @@ class AdapterServiceServicer:
         Errors:
         INVALID_ARGUMENT     chunks out of order, a file name that is not plain, a checksum that does not match.
         RESOURCE_EXHAUSTED   the upload is over the size limit, or too many uploads at once.
+        DEADLINE_EXCEEDED    nothing came for a minute (reason UPLOAD_IDLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,6 +177,7 @@ class AdapterServiceServicer:
         Errors:
         NOT_FOUND            no such adapter.
         RESOURCE_EXHAUSTED   pinned adapters would leave too few pages for requests; QuotaFailure.
+        UNAVAILABLE          no data plane has connected yet, so the pool is not known; RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,6 +199,7 @@ class AdapterServiceServicer:
 
         Errors:
         NOT_FOUND            no such adapter.
+        FAILED_PRECONDITION  it cannot be served (FAILED); PreconditionFailure says why.
         UNAVAILABLE          no data plane is connected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -208,6 +211,7 @@ class AdapterServiceServicer:
 
         Errors:
         OUT_OF_RANGE         the revision is older than the kept history; list again and watch from the revision of the list.
+        RESOURCE_EXHAUSTED   too many watches at once; QuotaFailure and RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,7 @@ class AdapterServiceStub:
       PERMISSION_DENIED    the path is outside the allowed roots.
       FAILED_PRECONDITION  the base model cannot take it: rank, module, shape, dtype, DoRA, ...; PreconditionFailure lists each.
       DATA_LOSS            the weights are corrupt: truncated, not finite, checksum mismatch; ErrorInfo has file and tensor.
-      RESOURCE_EXHAUSTED   too many registrations at once, or no room in the store; RetryInfo.
+      RESOURCE_EXHAUSTED   too many registrations at once, no room in the store, or too few pages left to pin it; RetryInfo.
       UNAVAILABLE          no data plane has connected yet, so the base model is not known; RetryInfo.
     """
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]
@@ -56,6 +56,7 @@ class AdapterServiceStub:
     Errors:
       INVALID_ARGUMENT     chunks out of order, a file name that is not plain, a checksum that does not match.
       RESOURCE_EXHAUSTED   the upload is over the size limit, or too many uploads at once.
+      DEADLINE_EXCEEDED    nothing came for a minute (reason UPLOAD_IDLE).
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Returns one adapter by name, name@version or alias.
@@ -93,6 +94,7 @@ class AdapterServiceStub:
     Errors:
       NOT_FOUND            no such adapter.
       RESOURCE_EXHAUSTED   pinned adapters would leave too few pages for requests; QuotaFailure.
+      UNAVAILABLE          no data plane has connected yet, so the pool is not known; RetryInfo.
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
     """Undoes PinAdapter.
@@ -106,6 +108,7 @@ class AdapterServiceStub:
 
     Errors:
       NOT_FOUND            no such adapter.
+      FAILED_PRECONDITION  it cannot be served (FAILED); PreconditionFailure says why.
       UNAVAILABLE          no data plane is connected.
     """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]
@@ -113,6 +116,7 @@ class AdapterServiceStub:
 
     Errors:
       OUT_OF_RANGE         the revision is older than the kept history; list again and watch from the revision of the list.
+      RESOURCE_EXHAUSTED   too many watches at once; QuotaFailure and RetryInfo.
     """
 
 @_typing.type_check_only
@@ -133,7 +137,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
       PERMISSION_DENIED    the path is outside the allowed roots.
       FAILED_PRECONDITION  the base model cannot take it: rank, module, shape, dtype, DoRA, ...; PreconditionFailure lists each.
       DATA_LOSS            the weights are corrupt: truncated, not finite, checksum mismatch; ErrorInfo has file and tensor.
-      RESOURCE_EXHAUSTED   too many registrations at once, or no room in the store; RetryInfo.
+      RESOURCE_EXHAUSTED   too many registrations at once, no room in the store, or too few pages left to pin it; RetryInfo.
       UNAVAILABLE          no data plane has connected yet, so the base model is not known; RetryInfo.
     """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]  # type: ignore[assignment]
@@ -143,6 +147,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors:
       INVALID_ARGUMENT     chunks out of order, a file name that is not plain, a checksum that does not match.
       RESOURCE_EXHAUSTED   the upload is over the size limit, or too many uploads at once.
+      DEADLINE_EXCEEDED    nothing came for a minute (reason UPLOAD_IDLE).
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Returns one adapter by name, name@version or alias.
@@ -180,6 +185,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors:
       NOT_FOUND            no such adapter.
       RESOURCE_EXHAUSTED   pinned adapters would leave too few pages for requests; QuotaFailure.
+      UNAVAILABLE          no data plane has connected yet, so the pool is not known; RetryInfo.
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     """Undoes PinAdapter.
@@ -193,6 +199,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     Errors:
       NOT_FOUND            no such adapter.
+      FAILED_PRECONDITION  it cannot be served (FAILED); PreconditionFailure says why.
       UNAVAILABLE          no data plane is connected.
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
@@ -200,6 +207,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     Errors:
       OUT_OF_RANGE         the revision is older than the kept history; list again and watch from the revision of the list.
+      RESOURCE_EXHAUSTED   too many watches at once; QuotaFailure and RetryInfo.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -223,7 +231,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
           PERMISSION_DENIED    the path is outside the allowed roots.
           FAILED_PRECONDITION  the base model cannot take it: rank, module, shape, dtype, DoRA, ...; PreconditionFailure lists each.
           DATA_LOSS            the weights are corrupt: truncated, not finite, checksum mismatch; ErrorInfo has file and tensor.
-          RESOURCE_EXHAUSTED   too many registrations at once, or no room in the store; RetryInfo.
+          RESOURCE_EXHAUSTED   too many registrations at once, no room in the store, or too few pages left to pin it; RetryInfo.
           UNAVAILABLE          no data plane has connected yet, so the base model is not known; RetryInfo.
         """
 
@@ -239,6 +247,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
           INVALID_ARGUMENT     chunks out of order, a file name that is not plain, a checksum that does not match.
           RESOURCE_EXHAUSTED   the upload is over the size limit, or too many uploads at once.
+          DEADLINE_EXCEEDED    nothing came for a minute (reason UPLOAD_IDLE).
         """
 
     @_abc_1.abstractmethod
@@ -306,6 +315,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
           NOT_FOUND            no such adapter.
           RESOURCE_EXHAUSTED   pinned adapters would leave too few pages for requests; QuotaFailure.
+          UNAVAILABLE          no data plane has connected yet, so the pool is not known; RetryInfo.
         """
 
     @_abc_1.abstractmethod
@@ -331,6 +341,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
           NOT_FOUND            no such adapter.
+          FAILED_PRECONDITION  it cannot be served (FAILED); PreconditionFailure says why.
           UNAVAILABLE          no data plane is connected.
         """
 
@@ -344,6 +355,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
           OUT_OF_RANGE         the revision is older than the kept history; list again and watch from the revision of the list.
+          RESOURCE_EXHAUSTED   too many watches at once; QuotaFailure and RetryInfo.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -55,12 +55,12 @@ class InferenceServiceServicer:
         Errors:
         INVALID_ARGUMENT     a field is malformed or out of range; BadRequest names each field, its value and the limit.
         NOT_FOUND            no adapter, version or alias of that name; ResourceInfo names it.
-        FAILED_PRECONDITION  the adapter exists but cannot serve (DRAINING or FAILED); ErrorInfo says why.
-        RESOURCE_EXHAUSTED   the waiting queue is full; QuotaFailure and RetryInfo.
+        FAILED_PRECONDITION  the adapter exists but cannot serve (FAILED); PreconditionFailure says why.
+        RESOURCE_EXHAUSTED   the waiting queue is full, or pinned adapters have left too few pages since; QuotaFailure and RetryInfo.
         ABORTED              reason SLO_EARLY_ABORT: the first token could not come within ttft_slo; RetryInfo.
         ABORTED              reason ADAPTER_REMOVED: the adapter was unregistered with force.
-        DATA_LOSS            the adapter's stored weights are corrupt.
-        UNAVAILABLE          draining, or no data plane is connected; RetryInfo.
+        DATA_LOSS            the adapter's stored weights are corrupt; ErrorInfo has what was found.
+        UNAVAILABLE          draining, no data plane is connected, or none got anywhere with it (reason NO_PROGRESS); RetryInfo.
         UNAUTHENTICATED      no valid credential, where credentials are required.
         DEADLINE_EXCEEDED    the deadline of the call passed.
         INTERNAL             a bug; ErrorInfo metadata has the id to find in the log.
