@@ -143,6 +143,29 @@ def test_an_image_that_another_control_plane_still_uses_stays(
     asyncio.run(scenario())
 
 
+def test_heartbeats_go_on_after_an_error_of_any_kind(
+    redis_url: str, prefix: str, store: ImageStore, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with member(redis_url, prefix, store) as one:
+            image = make_image(1)
+            record = named(make_record("a"), image)
+            await one.add(record, image)
+            beats = asyncio.Queue[None]()
+
+            async def failing() -> list[str]:
+                beats.put_nowait(None)
+                raise RuntimeError("this store is broken")
+
+            monkeypatch.setattr(one.keeper, "collect", failing)
+            await one.keeper.start()
+            await asyncio.wait_for(beats.get(), 10)
+            await one.remove(record)  # wakes the keeper
+            await asyncio.wait_for(beats.get(), 10)
+
+    asyncio.run(scenario())
+
+
 def test_a_dead_control_plane_holds_nothing_for_ever(
     redis_url: str, prefix: str, store: ImageStore, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
