@@ -18,7 +18,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I.
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 PACKAGES := adapter_store controlplane dataplane kernels protos
 
-.PHONY: help setup demo test lint check-python check-protos check-stubs protos gpu-test clean
+.PHONY: help setup demo test lint check-python check-protos check-stubs protos report gpu-test clean
 
 help:  ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -73,6 +73,9 @@ check-stubs: $(STAMP)
 
 protos: $(STAMP)  ## Generate the Python stubs from protos/ again.
 	@$(call generate,.)
+
+report: $(STAMP)  ## Write docs/performance.md from benchmarks/results.
+	@$(BIN)/python -m benchmarks.report
 
 gpu-test: $(STAMP)  ## The tests that need a CUDA device.
 	@$(BIN)/python -m pytest -m gpu

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.result_file import write_result
+from benchmarks.result_file import RESULTS, write_result
 from benchmarks.scheduling_cost import measure_scheduling
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo" / "base"
@@ -108,6 +108,7 @@ def main() -> None:
     """Measures everything, prints it and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=RESULTS / "control_plane.json")
     parser.add_argument("--latency-step-ms", type=float, default=50.0, help="pace of the latency measurement")
     args = parser.parse_args()
     streams: int = args.streams
@@ -139,8 +140,11 @@ def main() -> None:
         "added_latency_p99_ms": measured["service_latency"]["latency_p99_ms"] - measured["echo_latency"]["latency_p99_ms"],
     }
     _show("ratios", ratios)
-    path = write_result("control_plane", {"streams": streams, **measured, "ratios": ratios}, ("grpcio", "protobuf", "tokenizers"))
-    print(f"written to {path}")
+    write_result(
+        args.out,
+        {"streams": streams, "latency_step_ms": args.latency_step_ms, **measured, "ratios": ratios},
+        ("grpcio", "protobuf", "tokenizers"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,14 @@
 """How long the LoRA part of one step takes, against the bytes that it must move, a padded torch.bmm and a loop over adapters.
 
-    python -m benchmarks.kernels --commit $(git rev-parse HEAD) --out benchmarks/results/kernels.json
-
-Needs a CUDA device. Everything is timed as the replay of a CUDA graph.
+Needs a CUDA device: `python -m benchmarks.kernels` writes results/kernels.json. Everything is timed as the replay of a graph.
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +17,7 @@ if not __package__:
     # As a script, this file's folder comes first on the path, and "kernels" means this file.
     sys.exit("run it as: python -m benchmarks.kernels")
 
+from benchmarks.result_file import RESULTS, write_result
 from kernels.lora import LoraAdapter, LoraRows, LoraTarget
 from kernels.lora_cuda import CudaLoraOps
 from kernels.plan_layout import LoraLimits
@@ -261,8 +256,8 @@ def measure(row: Row, ceiling_tb_s: float, *, with_baselines: bool) -> dict[str,
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures every row, prints a table and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True, help="what was measured")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--commit", help="what was measured, where it is a copy without its history")
     parser.add_argument("--no-baselines", action="store_true")
     options = parser.parse_args(arguments)
     ceiling = device_bandwidth()
@@ -272,20 +267,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(found)
         print({key: round(v, 3) if isinstance(v, float) else v for key, v in found.items()}, flush=True)
         torch.cuda.empty_cache()
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-        | {name: version(name) for name in ("cupy-cuda13x",)},
-        "commit": options.commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    measured = {
+        "cuda": torch.version.cuda,
         "device_tb_per_s": ceiling,
         "layers": NUM_LAYERS,
         "baseline_layers": BASELINE_LAYERS,
         "dtype": str(DTYPE),
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    device = torch.cuda.get_device_name()
+    write_result(options.out, measured, ("torch", "cupy-cuda13x"), device=device, commit=options.commit)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,28 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, measured: Mapping[str, object], packages: tuple[str, ...], device: str | None = None) -> Path:
-    """Writes results/<name>.json: `measured`, and device, versions, commit, date and command beside it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(
+    path: Path,
+    measured: Mapping[str, object],
+    packages: tuple[str, ...],
+    *,
+    device: str | None = None,
+    commit: str | None = None,
+) -> None:
+    """Writes `measured` with device, versions, commit, date and command beside it.
+
+    packages: distributions whose versions matter. device: the processor, unless named. commit: that of the checkout, unless
+    named because what was measured is a copy without its history.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "device": device or cpu_name(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "commit": commit(),
+        "commit": commit or checkout_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
     }
     path.write_text(json.dumps({**about, **measured}, indent=2) + "\n")
-    return path
 
 
 def cpu_name() -> str:
@@ -34,7 +43,7 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def commit() -> str:
+def checkout_commit() -> str:
     """The commit of the checkout, marked if files that git knows have changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)

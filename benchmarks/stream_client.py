@@ -15,6 +15,8 @@ from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc as pb_grpc
 
 TIMEOUT_S = 120.0
+# Of each stream, not counted in latencies: all streams open at the same moment, as no real load does.
+RAMP_TOKENS = 10
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Seen:
 
 
 async def _read(stub: "pb_grpc.InferenceServiceAsyncStub", request: pb.GenerateRequest, seen: Seen, with_ages: bool) -> None:
+    num_tokens = 0
     async for response in stub.Generate(request, timeout=TIMEOUT_S):
         if not response.HasField("chunk"):
             continue
@@ -37,7 +40,8 @@ async def _read(stub: "pb_grpc.InferenceServiceAsyncStub", request: pb.GenerateR
         seen.last_at = now
         seen.num_messages += 1
         seen.num_tokens += len(response.chunk.token_ids)
-        if with_ages:
+        num_tokens += len(response.chunk.token_ids)
+        if with_ages and num_tokens > RAMP_TOKENS:
             seen.ages_s += [age_s(token_id, now) for token_id in response.chunk.token_ids]
 
 
