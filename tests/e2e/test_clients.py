@@ -1,13 +1,17 @@
 """Clients that leave, run out of time, stop reading or come back: their pages come free and nobody else notices."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos.loraplane.v1 import adapter_pb2
+from dataplane.model_runner import TorchModelRunner
+from protos.loraplane.v1 import adapter_pb2, data_plane_pb2, data_plane_pb2_grpc
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Service, TinyModel
@@ -130,5 +134,45 @@ def test_streams_go_on_through_a_data_plane_that_restarts(
         await service.data_planes[0].start()
         disturbed = await running
         assert [answer.token_ids for answer in disturbed] == [answer.token_ids for answer in undisturbed]
+
+    run_service(model, scenario)
+
+
+def test_a_step_that_takes_long_holds_up_no_other_call(
+    build_model: "Callable[..., TinyModel]", run_service: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+    is_in_step, may_go_on = threading.Event(), threading.Event()
+    run = TorchModelRunner.run
+
+    def run_slowly(runner: TorchModelRunner, chunks: Any) -> Any:
+        is_in_step.set()
+        assert may_go_on.wait(60)
+        return run(runner, chunks)
+
+    monkeypatch.setattr(TorchModelRunner, "run", run_slowly)
+
+    async def scenario(service: "Service") -> None:
+        running = asyncio.create_task(service.generate("", PROMPT, max_tokens=20, ignore_eos=True))
+        assert await asyncio.to_thread(is_in_step.wait, 60)
+        (address,) = (plane.address for plane in service.control_plane.dispatcher.load().data_planes)
+        async with grpc.aio.insecure_channel(address) as channel:
+            data_plane = data_plane_pb2_grpc.DataPlaneServiceStub(channel)
+            assert (await data_plane.Describe(data_plane_pb2.DescribeRequest(), timeout=30)).pool.num_pages == 256
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+            reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=30)
+            listed = {entry.name for entry in (await call.read()).list_services_response.service}
+            assert {"loraplane.v1.DataPlaneService", "grpc.health.v1.Health"} <= listed
+            call.cancel()
+        # Adapters are registered meanwhile, and what cannot be served is refused.
+        await service.register_all()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.generate("nobody", PROMPT, max_tokens=1)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert not running.done()
+        may_go_on.set()
+        assert len((await running).token_ids) == 20
 
     run_service(model, scenario)
