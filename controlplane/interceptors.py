@@ -8,15 +8,17 @@ import functools
 import inspect
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from adapter_store.errors import AdapterStoreError
 from controlplane.auth import Authenticator, require_admin, set_current_caller
-from controlplane.errors import InternalError, ServiceError
+from controlplane.errors import InternalError, InvalidArgumentError, ServiceError
 from controlplane.rpc_status import from_store_error, rpc_status
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
             try:
                 with _service_errors(method):
                     enter(context)
-                    return await behavior(request, context)
+                    return await behavior(_read(request), context)
             except ServiceError as error:
                 await _abort(context, error)
 
@@ -68,7 +70,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
             try:
                 with _service_errors(method):
                     enter(context)
-                    async for response in behavior(request, context):
+                    async for response in behavior(_read(request), context):
                         yield response
             except ServiceError as error:
                 await _abort(context, error)
@@ -93,6 +95,39 @@ def _service_errors(method: str) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a request whose bytes are no message; gRPC itself would answer UNKNOWN and log it as our bug."""
+
+    description: str
+
+
+def _readable_or_not(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserializer that never raises; None for a handler that takes bytes as they are."""
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Unreadable(f"has {len(data)} bytes that cannot be read as the message of this call: {error}")
+
+    return read
+
+
+def _read(request: Any) -> Any:
+    """The request, or the stream of requests, that a handler may have. Raises InvalidArgumentError for what is no message."""
+    if isinstance(request, _Unreadable):
+        raise InvalidArgumentError.of("request", request.description, reason="MALFORMED_MESSAGE")
+    return _read_each(request) if isinstance(request, AsyncIterable) else request
+
+
+async def _read_each(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _read(request)
+
+
 async def _abort(context: _Context, error: ServiceError) -> None:
     status = rpc_status(error)
     await context.abort(status.code, status.message, status.trailing_metadata)
@@ -109,5 +144,7 @@ def _rewrap(handler: Any, guarded: Callable[[_Handler], _Handler]) -> Any:
     name, make = kinds[handler.request_streaming, handler.response_streaming]
     behavior: _Handler = getattr(handler, name)
     return make(
-        guarded(behavior), request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        guarded(behavior),
+        request_deserializer=_readable_or_not(handler.request_deserializer),
+        response_serializer=handler.response_serializer,
     )

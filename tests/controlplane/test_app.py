@@ -559,6 +559,26 @@ def test_reflection_lists_the_services(play: Callable[..., None]) -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("raw", [b"\x12\x02\xff\xfe", b"\xff\xff\xff", b"\x0a\x05ab"], ids=["not UTF-8", "no field", "cut short"])
+def test_bytes_that_are_no_message_are_a_malformed_request(
+    play: Callable[..., None], caplog: pytest.LogCaptureFixture, raw: bytes
+) -> None:
+    async def scenario(client: Client) -> None:
+        channel: Any = client.channel  # sends bytes as they are
+        generate = channel.unary_stream("/loraplane.v1.InferenceService/Generate")(raw, timeout=TIMEOUT_S)
+        pin = channel.unary_unary("/loraplane.v1.AdapterService/PinAdapter")(b"\x0a\x02\xff\xfe", timeout=TIMEOUT_S)
+        upload = channel.stream_unary("/loraplane.v1.AdapterService/UploadAdapter")(iter([raw[-3:]]), timeout=TIMEOUT_S)
+        for call in (generate.read(), pin, upload):
+            code, message, details = await refused(call)
+            assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
+            assert details["BadRequest"].field_violations[0].field == "request"
+            assert "cannot be read as" in message
+        assert (await client.generate(text="x", sampling=sampling(max_tokens=1))).finished
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "a client's mistake is none of ours"
+
+
 def test_a_message_over_the_cap_is_refused_and_the_connection_goes_on(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         code, _, _ = await refused(client.generate(text="x" * (17 << 20)))
