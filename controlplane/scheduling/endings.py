@@ -27,7 +27,7 @@ def of_engine(finished: FinishedRequest, request: Request) -> tuple[FinishReason
         return reason, None
     if finished.reason is EngineFinishReason.ADAPTER_FAILED:
         name = request.spec.adapter.name if request.spec.adapter is not None else ""
-        message = f"adapter {name!r} could not be loaded: {finished.error}"
+        message = f"adapter {name!r} cannot be used: {finished.error}"
         metadata = {"adapter": name, "found": finished.error}
         return FinishReason.ERROR, DataLossError(message, reason="ADAPTER_LOAD_FAILED", metadata=metadata)
     request_id = request.spec.request_id

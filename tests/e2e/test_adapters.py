@@ -186,6 +186,25 @@ def test_a_slow_first_load_and_an_unknown_adapter_hold_up_nobody(
     run_service(model, scenario)
 
 
+def test_an_adapter_whose_numbers_overflow_fails_alone(
+    tmp_path: Path, build_model: "Build", save_adapter: Callable[..., Path], reference_greedy: "Greedy", run_service: Any
+) -> None:
+    model = build_model("llama", RANKS)
+    huge = save_adapter(model, tmp_path / "huge", seed=1)
+    _tensors(lambda t: t.update({name: tensor * 1e30 for name, tensor in t.items()}))(huge)
+    (expected,) = reference_greedy(model, [("", PROMPT)], 60)
+
+    async def scenario(service: "Service") -> None:
+        await service.register("huge", huge)
+        running = asyncio.create_task(service.generate("", PROMPT, max_tokens=60))
+        error = await _refused(service.generate("huge", PROMPT, max_tokens=60))
+        assert error.code() is CORRUPT
+        assert "adapter 'huge' cannot be used: no token can be chosen at position 4" in (error.details() or "")
+        assert tuple((await running).token_ids) == expected
+
+    run_service(model, scenario, control_plane={"adapter_roots": (tmp_path,)})
+
+
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         tensors = load_file(directory / WEIGHTS)
