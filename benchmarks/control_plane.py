@@ -20,6 +20,9 @@ from benchmarks.scheduling_cost import measure_scheduling
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo" / "base"
 START_TIMEOUT_S = 60.0
 
+# The paces that are tried, as shares of the bare echo's rate.
+SHARES = (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
+
 # Of the messages that one token each would make; below that the service is merging tokens, so it is past its message rate.
 UNMERGED_SHARE = 0.95
 
@@ -86,17 +89,19 @@ def _client(address: str, streams: int, tokens: int, *, latency: bool = False) -
 def _unmerged(root: Path, streams: int, echo_rate: float) -> dict[str, float]:
     """The highest message rate at which every token still goes out in a message of its own, found by pacing the data plane."""
     best: dict[str, float] = {}
-    share = 0.3
-    while share <= 1.3:
+    num_merged = 0
+    for share in SHARES:
         step_ms = 1000 * streams / (share * echo_rate)
         num_steps = max(64, int(2500 / step_ms))
         with _service(root, step_ms, stamps=False) as address:
             result = _client(address, streams, num_steps)
         _show(f"service, a step each {step_ms:.1f} ms", result)
-        if 1 / result["tokens_per_message"] < UNMERGED_SHARE:
+        if 1 / result["tokens_per_message"] >= UNMERGED_SHARE:
+            best = {**result, "step_ms": step_ms}
+            continue
+        num_merged += 1
+        if num_merged == 2:  # one may be another process that took the machine for a moment
             break
-        best = {**result, "step_ms": step_ms}
-        share += 0.1
     return best
 
 
