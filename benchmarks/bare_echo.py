@@ -32,7 +32,8 @@ class EchoService(pb_grpc.InferenceServiceServicer):
                 now = time.monotonic()
                 tick = (int(now / self._step_s) + 1) * self._step_s
                 await asyncio.sleep(tick - now)
-                made_at = stamp()
+                # That of the tick, as a step stamps all its tokens: waiting for the other streams' turn is part of the latency.
+                made_at = stamp(tick)
             yield pb.GenerateResponse(chunk=pb.Chunk(token_ids=[made_at], text="word "))
         yield pb.GenerateResponse(finished=pb.Finished(finish_reason=pb.FINISH_REASON_LENGTH))
 

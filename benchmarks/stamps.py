@@ -7,9 +7,9 @@ UNITS_PER_S = 100_000
 VOCAB_SIZE = 1 << 20
 
 
-def stamp() -> int:
-    """The time now, as a token id."""
-    return int(time.monotonic() * UNITS_PER_S) % VOCAB_SIZE
+def stamp(at: float | None = None) -> int:
+    """A time (time.monotonic), now unless given, as a token id."""
+    return int((time.monotonic() if at is None else at) * UNITS_PER_S) % VOCAB_SIZE
 
 
 def age_s(token_id: int, now: float) -> float:
