@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import uvloop
 
 from controlplane.app import serve
-from controlplane.auth import CredentialsError
 from controlplane.config import ControlPlaneConfig, parse_config
 from controlplane.errors import ServiceError
 from controlplane.registry.embedded_redis import EmbeddedRedisError
 from controlplane.registry.redis_registry import RegistryMismatchError
-from controlplane.server import ListenError
-from controlplane.tokenizer import TokenizerError
+from controlplane.services.auth import CredentialsError
+from controlplane.services.server import ListenError
+from controlplane.text.tokenizer import TokenizerError
 
 # What may be wrong with the surroundings; told without a traceback.
 _START_ERRORS = (

@@ -9,18 +9,18 @@ import grpc
 
 from adapter_store.image_store import ImageStore
 from adapter_store.sources import UploadArea
-from controlplane.adapter_service import AdapterService
-from controlplane.auth import Authenticator
 from controlplane.config import ControlPlaneConfig
-from controlplane.dispatcher import Dispatcher, DispatcherConfig
-from controlplane.health import HealthService
-from controlplane.inference_service import InferenceService
+from controlplane.dispatch.dispatcher import Dispatcher, DispatcherConfig
 from controlplane.messages import DrainResult
 from controlplane.registry.directory import AdapterDirectory
 from controlplane.registry.registry import AdapterRegistry, RegistryConfig
-from controlplane.server import SERVICE_NAMES, Servicers, build_server, listen
-from controlplane.system_service import SystemService
-from controlplane.tokenizer import Tokenizer
+from controlplane.services.adapter_service import AdapterService
+from controlplane.services.auth import Authenticator
+from controlplane.services.health import HealthService
+from controlplane.services.inference_service import InferenceService
+from controlplane.services.server import SERVICE_NAMES, Servicers, build_server, listen
+from controlplane.services.system_service import SystemService
+from controlplane.text.tokenizer import Tokenizer
 from controlplane.version import running_version
 
 log = logging.getLogger(__name__)

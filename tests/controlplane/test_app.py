@@ -24,10 +24,10 @@ from benchmarks.null_data_plane import NullDataPlane
 from benchmarks.null_engine import NullConfig, null_tokens
 from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
-from controlplane.inference_service import choice_seed
-from controlplane.rpc_status import DETAILS_KEY
-from controlplane.server import SERVICE_NAMES
-from controlplane.tokenizer import Tokenizer
+from controlplane.services.inference_service import choice_seed
+from controlplane.services.rpc_status import DETAILS_KEY
+from controlplane.services.server import SERVICE_NAMES
+from controlplane.text.tokenizer import Tokenizer
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2_grpc, system_pb2, system_pb2_grpc
 from protos.loraplane.v1 import inference_pb2 as pb
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from controlplane.errors import FieldViolation, InvalidArgumentError
-from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, OutputOptions, TextPrompt, TokenPrompt
 from controlplane.messages import DoesNotFit
+from controlplane.services.generate_params import ChatPrompt, GenerateParams, ModelLimits, OutputOptions, TextPrompt, TokenPrompt
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.planes import duration_to_seconds
 

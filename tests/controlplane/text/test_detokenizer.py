@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from controlplane.detokenizer import Vocabulary
+from controlplane.text.detokenizer import Vocabulary
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "größer als Äpfel, naïve café", "日本語 テキスト 🙂🙃", "  two  spaces"]
 SPECIALS = ["<s>", "</s>"]

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from controlplane.generate_params import OutputOptions
+from controlplane.dispatch.output_stream import OutputStream
 from controlplane.messages import FinishReason, RequestOutcome
-from controlplane.output_stream import OutputStream
-from controlplane.stop_strings import StopMatcher
-from controlplane.tokenizer import Tokenizer
+from controlplane.services.generate_params import OutputOptions
+from controlplane.text.stop_strings import StopMatcher
+from controlplane.text.tokenizer import Tokenizer
 from protos.planes import StepLogprobs
 
 

@@ -26,17 +26,17 @@ from safetensors.torch import save_file
 from adapter_store.geometry import LORA_MODULES, BaseGeometry, LinearShape
 from adapter_store.image_store import ImageStore
 from adapter_store.sources import UploadArea
-from controlplane.adapter_service import MAX_CHUNK_BYTES, AdapterService
-from controlplane.auth import Authenticator, Caller
 from controlplane.errors import NotFoundError, UnavailableError
-from controlplane.interceptors import CallGuard
 from controlplane.messages import AdapterResidency
 from controlplane.registry import watch as watch_module
 from controlplane.registry import writer as writer_module
 from controlplane.registry.embedded_redis import EmbeddedRedis
 from controlplane.registry.redis_registry import RequestMark
 from controlplane.registry.registry import AdapterRegistry, RegistryConfig
-from controlplane.server import MAX_MESSAGE_BYTES
+from controlplane.services.adapter_service import MAX_CHUNK_BYTES, AdapterService
+from controlplane.services.auth import Authenticator, Caller
+from controlplane.services.interceptors import CallGuard
+from controlplane.services.server import MAX_MESSAGE_BYTES
 from protos.loraplane.v1 import adapter_pb2 as pb
 from protos.loraplane.v1 import adapter_pb2_grpc
 from protos.planes import AdapterPlace

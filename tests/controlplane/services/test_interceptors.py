@@ -10,10 +10,10 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from adapter_store.errors import AdapterCorruptError
-from controlplane.auth import ANYBODY, Authenticator, Caller, current_caller
 from controlplane.errors import NotFoundError
-from controlplane.interceptors import CallGuard
-from controlplane.rpc_status import DETAILS_KEY
+from controlplane.services.auth import ANYBODY, Authenticator, Caller, current_caller
+from controlplane.services.interceptors import CallGuard
+from controlplane.services.rpc_status import DETAILS_KEY
 
 KINDS = ["unary_unary", "unary_stream", "unary_stream_writer", "stream_unary", "stream_stream"]
 
@@ -115,7 +115,7 @@ def test_a_bug_shows_an_id_and_nothing_else_and_the_log_has_the_rest(kind: str, 
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in str(caught.value.details())
     error_id = error_info(caught.value).metadata["error_id"]
-    [record] = [record for record in caplog.records if record.name == "controlplane.interceptors"]
+    [record] = [record for record in caplog.records if record.name == "controlplane.services.interceptors"]
     assert error_id in record.getMessage()
     assert record.exc_info is not None
     assert "secret detail" in str(record.exc_info[1])

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from controlplane.dispatcher import Dispatcher
+from controlplane.dispatch.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgumentError
 from controlplane.messages import DataPlaneDescription, DataPlaneLoad, DrainResult, ResidentAdapter
 from protos.loraplane.v1 import system_pb2 as pb

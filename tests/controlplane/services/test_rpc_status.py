@@ -6,7 +6,7 @@ from grpc import StatusCode
 
 from adapter_store import errors as store_errors
 from controlplane import errors
-from controlplane.rpc_status import DOMAIN, from_store_error, rpc_status
+from controlplane.services.rpc_status import DOMAIN, from_store_error, rpc_status
 
 DETAILS = {
     "ErrorInfo": error_details_pb2.ErrorInfo,

@@ -13,9 +13,12 @@ from functools import partial
 from typing import TypeVar
 
 from adapter_store.geometry import BaseGeometry
-from controlplane.data_plane_session import DataPlaneRefusedError, DataPlaneSession, SessionConfig
+from controlplane.dispatch.data_plane_session import DataPlaneRefusedError, DataPlaneSession, SessionConfig
+from controlplane.dispatch.load import adapter_residency, data_plane_load
+from controlplane.dispatch.sinks import Sinks
+from controlplane.dispatch.throughput import ThroughputMeter
+from controlplane.dispatch.wakeup_timer import WakeupTimer
 from controlplane.errors import InternalError, ServiceError, UnavailableError
-from controlplane.load import adapter_residency, data_plane_load
 from controlplane.messages import (
     AdapterResidency,
     DataPlaneDescription,
@@ -27,9 +30,6 @@ from controlplane.messages import (
     TokenSink,
 )
 from controlplane.scheduling import EndedRequest, Request, RequestState, Scheduler, SchedulerConfig, StepEvents
-from controlplane.sinks import Sinks
-from controlplane.throughput import ThroughputMeter
-from controlplane.wakeup_timer import WakeupTimer
 from protos.planes import EngineState, StepReport
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from adapter_store.sources import Upload, UploadArea
-from controlplane.auth import current_caller
 from controlplane.errors import DeadlineError, InvalidArgumentError, PreconditionError, PreconditionViolation
 from controlplane.registry.adapter_control import AdapterControl
 from controlplane.registry.adapter_fields import check_name, check_register, check_unregister, check_update
@@ -29,6 +28,7 @@ from controlplane.registry.redis_registry import RequestMark
 from controlplane.registry.registry import AdapterRegistry
 from controlplane.registry.watch import WatchHub
 from controlplane.registry.writer import AdapterEdit, NewAdapter, RegistryWriter
+from controlplane.services.auth import current_caller
 from protos.loraplane.v1 import adapter_pb2 as pb
 from protos.loraplane.v1 import adapter_pb2_grpc
 

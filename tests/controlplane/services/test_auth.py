@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.auth import ANYBODY, Authenticator, Caller, CredentialsError, require_admin
 from controlplane.errors import PermissionDeniedError, UnauthenticatedError
+from controlplane.services.auth import ANYBODY, Authenticator, Caller, CredentialsError, require_admin
 
 CALLERS = {"secret-1": Caller("acme", is_admin=False), "secret-2": Caller("ops", is_admin=True)}
 

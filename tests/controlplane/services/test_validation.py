@@ -6,9 +6,9 @@ import pytest
 from google.protobuf import duration_pb2
 
 from controlplane.errors import InvalidArgumentError
-from controlplane.generate_params import ChatPrompt, ModelLimits, TextPrompt, TokenPrompt
 from controlplane.messages import DoesNotFit
-from controlplane.validation import MAX_VIOLATIONS, does_not_fit_error, parse_generate, resolve_max_tokens
+from controlplane.services.generate_params import ChatPrompt, ModelLimits, TextPrompt, TokenPrompt
+from controlplane.services.validation import MAX_VIOLATIONS, does_not_fit_error, parse_generate, resolve_max_tokens
 from protos.loraplane.v1 import inference_pb2 as pb
 
 LIMITS = ModelLimits(vocab_size=100, max_model_len=32, max_token_chars=8, can_chat=True)

@@ -1,6 +1,6 @@
 """Tokens per second over a sliding window."""
 
-from controlplane.throughput import ThroughputMeter
+from controlplane.dispatch.throughput import ThroughputMeter
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds() -> None:

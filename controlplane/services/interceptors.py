@@ -17,9 +17,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from adapter_store.errors import AdapterStoreError
-from controlplane.auth import Authenticator, require_admin, set_current_caller
 from controlplane.errors import InternalError, InvalidArgumentError, ServiceError
-from controlplane.rpc_status import from_store_error, rpc_status
+from controlplane.services.auth import Authenticator, require_admin, set_current_caller
+from controlplane.services.rpc_status import from_store_error, rpc_status
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from controlplane.server import ListenError, listen
+from controlplane.services.server import ListenError, listen
 
 
 def test_every_address_is_bound_and_a_port_of_0_is_told(tmp_path: Path) -> None:

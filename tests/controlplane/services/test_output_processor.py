@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from controlplane.detokenizer import Vocabulary
+from controlplane.dispatch.output_stream import OutputChunk
 from controlplane.errors import UnavailableError
-from controlplane.generate_params import OutputOptions
 from controlplane.messages import FinishReason, RequestOutcome
-from controlplane.output_processor import ChoiceEnd, ChoiceFinished, GenerationOutput, GenerationStarted, OutputRules
-from controlplane.output_stream import OutputChunk
-from controlplane.tokenizer import Tokenizer
+from controlplane.services.generate_params import OutputOptions
+from controlplane.services.output_processor import ChoiceEnd, ChoiceFinished, GenerationOutput, GenerationStarted, OutputRules
+from controlplane.text.detokenizer import Vocabulary
+from controlplane.text.tokenizer import Tokenizer
 from protos.planes import StepLogprobs
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from controlplane.dispatch.output_stream import OutputChunk
 from controlplane.messages import AdapterRef
-from controlplane.output_processor import ChoiceEnd, ChoiceFinished, GenerationStarted
-from controlplane.output_stream import OutputChunk
+from controlplane.services.output_processor import ChoiceEnd, ChoiceFinished, GenerationStarted
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.planes import StepLogprobs, duration_from_seconds
 

@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from controlplane.auth import current_caller
-from controlplane.chat_template import ChatTemplateError
-from controlplane.dispatcher import Dispatcher, RequestHandle
+from controlplane.dispatch.dispatcher import Dispatcher, RequestHandle
 from controlplane.errors import AbortedError, InvalidArgumentError, QueueFullError, UnavailableError
-from controlplane.generate_params import ChatPrompt, GenerateParams, ModelLimits, TextPrompt
-from controlplane.generate_response import ResponseWriter
 from controlplane.messages import AdapterRef, DataPlaneDescription, RequestSpec
-from controlplane.output_processor import GenerationOutput, OutputRules
 from controlplane.registry.directory import AdapterDirectory, AdapterLease
-from controlplane.tokenizer import Tokenizer
-from controlplane.validation import does_not_fit_error, parse_generate, resolve_max_tokens
+from controlplane.services.auth import current_caller
+from controlplane.services.generate_params import ChatPrompt, GenerateParams, ModelLimits, TextPrompt
+from controlplane.services.generate_response import ResponseWriter
+from controlplane.services.output_processor import GenerationOutput, OutputRules
+from controlplane.services.validation import does_not_fit_error, parse_generate, resolve_max_tokens
+from controlplane.text.chat_template import ChatTemplateError
+from controlplane.text.tokenizer import Tokenizer
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from controlplane.chat_template import ChatTemplate
-from controlplane.detokenizer import Detokenizer, Vocabulary
+from controlplane.text.chat_template import ChatTemplate
+from controlplane.text.detokenizer import Detokenizer, Vocabulary
 
 # Longer texts are tokenized in a thread, so that they hold up nobody else's tokens.
 _INLINE_CHARS = 2048

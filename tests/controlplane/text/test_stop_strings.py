@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.stop_strings import StopMatcher
+from controlplane.text.stop_strings import StopMatcher
 
 SMALL_TEXT = st.text(alphabet="abc", max_size=24)
 STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), min_size=1, max_size=4)

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from controlplane.chat_template import ChatTemplate, ChatTemplateError
-from controlplane.tokenizer import Tokenizer, TokenizerError
+from controlplane.text.chat_template import ChatTemplate, ChatTemplateError
+from controlplane.text.tokenizer import Tokenizer, TokenizerError
 
 TEXTS = [
     "hello world",

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.null_data_plane import serve
 from benchmarks.null_engine import NullConfig, null_tokens
-from controlplane.data_plane_session import SessionConfig
-from controlplane.dispatcher import Dispatcher, DispatcherConfig, RequestHandle
+from controlplane.dispatch.data_plane_session import SessionConfig
+from controlplane.dispatch.dispatcher import Dispatcher, DispatcherConfig, RequestHandle
 from controlplane.errors import AbortedError, DeadlineError, InternalError, QueueFullError, UnavailableError
 from controlplane.messages import AdapterRef, FinishReason, RequestOutcome, RequestSpec
 from protos.planes import AdapterPlace, EngineSampling, StepLogprobs

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.null_data_plane import NullDataPlane, serve
 from benchmarks.null_engine import NullConfig
-from controlplane.data_plane_session import (
+from controlplane.dispatch.data_plane_session import (
     DataPlaneRefusedError,
     DataPlaneSession,
     SessionBrokenError,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.output_stream import OutputChunk, OutputStream
+from controlplane.dispatch.output_stream import OutputChunk, OutputStream
 from protos.planes import StepLogprobs
 
 

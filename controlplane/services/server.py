@@ -10,9 +10,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from controlplane.auth import Authenticator
-from controlplane.health import HealthService
-from controlplane.interceptors import CallGuard
+from controlplane.services.auth import Authenticator
+from controlplane.services.health import HealthService
+from controlplane.services.interceptors import CallGuard
 from protos.loraplane.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
