@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from controlplane.dispatch.dispatcher import Dispatcher, RequestHandle
@@ -165,9 +166,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             for index in range(params.num_choices)
         ]
         misfit = self._dispatcher.check_fits(specs[0])
-        if misfit is not None:
-            raise does_not_fit_error(params, len(prompt_token_ids), max_tokens, misfit)
-        return specs
+        if misfit is None:
+            return specs
+        # A client that named no max_tokens takes what there is room for.
+        room = (misfit.available_pages - misfit.adapter_pages) * model.geometry.page_tokens - len(prompt_token_ids)
+        if params.max_tokens is None and room >= max(1, params.min_tokens):
+            return [replace(spec, sampling=replace(spec.sampling, max_tokens=room)) for spec in specs]
+        raise does_not_fit_error(params, len(prompt_token_ids), max_tokens, misfit)
 
 
 def choice_seed(seed: int, choice_index: int) -> int:

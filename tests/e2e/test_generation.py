@@ -223,3 +223,20 @@ def _unset_fields(message: Message, prefix: str = "") -> set[str]:
             for inner in value if field.is_repeated else [value]:
                 unset |= _unset_fields(inner, f"{prefix}{field.name}.")
     return unset
+
+
+def test_without_max_tokens_a_small_pool_limits_the_answer_and_refuses_nothing(
+    build_model: "Callable[..., TinyModel]", run_service: Callable[..., None]
+) -> None:
+    model = build_model("llama", (2, 8, 12, 16))
+    num_pages, page_tokens = 36, 16
+
+    async def scenario(service: "Service") -> None:
+        *_, largest = await service.register_all()
+        prompt = (5, 6, 7)
+        answer = await service.generate(largest.name, prompt, ignore_eos=True)
+        assert len(answer.token_ids) == (num_pages - largest.current.num_pages) * page_tokens - len(prompt)
+        assert answer.finished is not None
+        assert answer.finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+
+    run_service(model, scenario, num_pages=num_pages)

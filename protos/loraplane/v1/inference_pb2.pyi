@@ -236,7 +236,7 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """At most this many tokens are generated; at least 1. Unset: up to the model's length limit."""
+    """At most this many tokens are generated; at least 1. Unset: up to the model's length limit, or what the page pool has room for."""
     min_tokens: _builtins.int
     """No end of sequence, stop token or stop string before this many tokens. 0 when unset; at most max_tokens."""
     temperature: _builtins.float
