@@ -14,7 +14,8 @@ from adapter_store.host_cache import HostCache
 from adapter_store.image_store import ImageStore
 from dataplane.adapter_copy import TensorCopier
 from dataplane.admission import EngineLimits
-from dataplane.attention import TorchAttention
+from dataplane.attention import AttentionBackend, AttentionShape
+from dataplane.attention_backend import attention_backend, why_torch_attention
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.engine import Engine
 from dataplane.inbox import Inbox
@@ -71,7 +72,8 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None) -
     geometry = model_config.geometry(dtype, config.max_lora_rank, config.model_name, fingerprint(config.model_dir))
     weights = _weights(config, model_config, getattr(torch, dtype), device, progress)
     lora = _lora_ops(config, model_config, getattr(torch, dtype), device)
-    model = Decoder(model_config, weights, lora, TorchAttention(geometry.page_tokens))
+    attention = _attention(model_config, geometry.page_tokens, getattr(torch, dtype), device)
+    model = Decoder(model_config, weights, lora, attention)
     num_pages = choose_num_pages(config, geometry, max_model_len, model, device)
     max_model_len = fit_max_model_len(config, geometry, max_model_len, num_pages)
     warn_of_large_adapters(geometry, num_pages)
@@ -125,6 +127,15 @@ def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, d
     if device.type == "cuda" and reason is not None:
         _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
     return lora_ops(groups, dtype, device, LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank))
+
+
+def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    windows = frozenset(model.layer_windows)
+    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, page_tokens, windows)
+    reason = why_torch_attention(shape, dtype, device)
+    if device.type == "cuda" and reason is not None:
+        _log.warning("attention runs on plain torch, which is slow: %s", reason)
+    return attention_backend(shape, dtype, device)
 
 
 def _device(config: DataPlaneConfig) -> torch.device:

@@ -15,6 +15,20 @@ from dataplane.model.step_inputs import StepInputs
 MAX_GATHERED_TOKENS = 32768
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What is known of a model's attention before its first step.
+
+    windows: the sliding windows of its layers, None for those that attend to all tokens.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_tokens: int
+    windows: frozenset[int | None]
+
+
 class AttentionPlan:
     """What a backend derived from one step's inputs; built once a step, used by every layer."""
 

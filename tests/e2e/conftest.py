@@ -72,6 +72,10 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral": lambda: MistralConfig(**_SHAPE, head_dim=16, sliding_window=24),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**{**_SHAPE, "num_key_value_heads": 1}, head_dim=32),
+    # Heads as FlashInfer takes them.
+    "llama-64": lambda: LlamaConfig(**_SHAPE, head_dim=64),
+    "mistral-64": lambda: MistralConfig(**_SHAPE, head_dim=64, sliding_window=24),
+    "qwen3-64": lambda: Qwen3Config(**{**_SHAPE, "num_key_value_heads": 1}, head_dim=64),
 }
 
 
