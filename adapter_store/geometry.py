@@ -1,4 +1,4 @@
-"""The shape of a base model as adapters and pages see it, and the page geometry that follows from it (DESIGN §4).
+"""The shape of a base model as adapters and pages see it, and the page geometry that follows from it (docs/architecture.md).
 
 Imports nothing of ours and no torch: both planes share these types.
 """
