@@ -120,8 +120,9 @@ def test_a_new_version_takes_over_while_requests_of_the_old_one_run(
         await service.adapters.UpdateAdapter(request)
         assert tuple((await service.generate("voice", PROMPT, max_tokens=40)).token_ids) == by_old
 
-    # Too few pages for both versions and the requests at once, so that weights are loaded where others lay.
-    run_service(model, scenario, num_pages=36)
+    # Too few pages for both versions and the requests at once, so that weights are loaded where others lay. Steps take long
+    # enough for the update to come while the first request runs.
+    run_service(model, scenario, num_pages=36, extra_step_s=0.01)
 
 
 def test_a_name_registered_anew_answers_with_the_new_weights_alone(
@@ -144,7 +145,7 @@ def test_a_name_registered_anew_answers_with_the_new_weights_alone(
         assert tuple(anew.token_ids) == by_new
         assert tuple((await running).token_ids) == by_old
 
-    run_service(model, scenario)
+    run_service(model, scenario, extra_step_s=0.01)
 
 
 def test_a_slow_first_load_and_an_unknown_adapter_hold_up_nobody(
