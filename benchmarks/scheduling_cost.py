@@ -22,7 +22,7 @@ def measure_scheduling(num_running: int, num_waiting: int) -> dict[str, float]:
     scheduler = Scheduler(SchedulerConfig(max_waiting=2 * num_waiting))
     state = engine.open_session().state
     assert state is not None
-    scheduler.data_plane_connected(ADDRESS, _description(config), state)
+    scheduler.data_plane_connected(ADDRESS, null_description(config, engine.epoch), state)
     rng, numbers = random.Random(0), itertools.count()
     now = 0.0
     times_s: list[float] = []
@@ -60,9 +60,10 @@ def _spec(rng: random.Random, number: int) -> RequestSpec:
     return RequestSpec(f"request-{number}", tuple(range(rng.randrange(8, 64))), ref, sampling)
 
 
-def _description(config: NullConfig) -> DataPlaneDescription:
+def null_description(config: NullConfig, epoch: int) -> DataPlaneDescription:
+    """What a data plane with a NullEngine of these sizes says of itself."""
     return DataPlaneDescription(
-        epoch=1,
+        epoch=epoch,
         version="null",
         geometry=config.geometry,
         architecture="Null",

@@ -131,11 +131,12 @@ def test_streams_go_on_through_a_data_plane_that_restarts(
         running = asyncio.create_task(service.generate_each(requests))
         await _until(lambda: _kv_pages(service) >= 10, "the requests did not get going")
         await service.data_planes[0].stop()
+        assert not running.done(), "the data plane went too late to disturb anybody"
         await service.data_planes[0].start()
         disturbed = await running
         assert [answer.token_ids for answer in disturbed] == [answer.token_ids for answer in undisturbed]
 
-    run_service(model, scenario)
+    run_service(model, scenario, extra_step_s=0.005)
 
 
 def test_a_step_that_takes_long_holds_up_no_other_call(

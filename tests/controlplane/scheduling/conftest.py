@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from benchmarks.null_engine import GEOMETRY, NullConfig, NullEngine, null_tokens
-from controlplane.messages import AdapterRef, DataPlaneDescription, FinishReason, RequestSpec
+from benchmarks.scheduling_cost import null_description
+from controlplane.messages import AdapterRef, FinishReason, RequestSpec
 from controlplane.scheduling import EndedRequest, FcfsPolicy, Request, RequestState, Scheduler, SchedulerConfig
 from protos.planes import BatchUpdate, EngineSampling, StepReport
 
@@ -38,22 +39,6 @@ def _spec(
 
 def _adapter(number: int, num_pages: int = 2) -> AdapterRef:
     return AdapterRef(f"adapter-{number}", f"{number:064x}", num_pages)
-
-
-def _description(config: NullConfig, epoch: int = 1) -> DataPlaneDescription:
-    return DataPlaneDescription(
-        epoch=epoch,
-        version="null",
-        geometry=config.geometry,
-        architecture="Null",
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        num_pages=config.num_pages,
-        device="none",
-        max_num_seqs=config.max_num_seqs,
-        token_budget=config.token_budget,
-        max_model_len=config.max_model_len,
-    )
 
 
 class Wire:
@@ -135,7 +120,7 @@ class Harness:
         wire.pinned_at = 1
         wire.clean_at = 1 if first.state.held_request_keys else 0
         self.wires[address] = wire
-        description = _description(self.configs[number], wire.engine.epoch)
+        description = null_description(self.configs[number], wire.engine.epoch)
         self.scheduler.data_plane_connected(address, description, first.state)
         self._take(address, [first])
 
