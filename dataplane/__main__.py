@@ -8,9 +8,9 @@ import sys
 
 from dataplane.assembly import DataPlaneError, load_data_plane
 from dataplane.config import DataPlaneConfig, parse_config
+from dataplane.memory.pool_sizing import PoolTooSmallError
 from dataplane.model.errors import ModelError
-from dataplane.pool_sizing import PoolTooSmallError
-from dataplane.server import DataPlaneServer, ListenError
+from dataplane.service.server import DataPlaneServer, ListenError
 
 EXIT_OK = 0
 EXIT_FAILED = 1

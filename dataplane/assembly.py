@@ -12,21 +12,21 @@ import torch
 from adapter_store.geometry import BaseGeometry
 from adapter_store.host_cache import HostCache
 from adapter_store.image_store import ImageStore
-from dataplane.adapter_copy import TensorCopier
-from dataplane.admission import EngineLimits
-from dataplane.attention import AttentionBackend, AttentionShape
-from dataplane.attention_backend import attention_backend, why_torch_attention
+from dataplane.attention.choice import attention_backend, why_torch_attention
+from dataplane.attention.interface import AttentionBackend, AttentionShape
 from dataplane.config import DataPlaneConfig, LoadFormat
-from dataplane.engine import Engine
-from dataplane.inbox import Inbox
+from dataplane.engine.admission import EngineLimits
+from dataplane.engine.engine import Engine
+from dataplane.engine.inbox import Inbox
+from dataplane.memory.adapter_copy import TensorCopier
+from dataplane.memory.page_pool import PagePool
+from dataplane.memory.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
+from dataplane.memory.residency import Residency
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import ModelConfig, load_model_config
 from dataplane.model.decoder import Decoder, lora_groups
 from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
-from dataplane.model_runner import TorchModelRunner
-from dataplane.page_pool import PagePool
-from dataplane.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
-from dataplane.residency import Residency
+from dataplane.runner.model_runner import TorchModelRunner
 from kernels.backend import lora_ops, why_torch
 from kernels.lora import LoraOps
 from kernels.plan_layout import LoraLimits

@@ -6,7 +6,7 @@ Equal to transformers in every rounding (norms and angles in fp32). Knows nothin
 import torch
 from torch.nn import functional
 
-from dataplane.attention import AttentionBackend, AttentionPlan
+from dataplane.attention.interface import AttentionBackend, AttentionPlan
 from dataplane.model.config import ModelConfig
 from dataplane.model.rope import cos_sin, inverse_frequencies, rotate
 from dataplane.model.step_inputs import StepInputs

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from adapter_store.image import AdapterImage, ImageHeader
-from dataplane.admission import EngineLimits
-from dataplane.engine import Engine
-from dataplane.host_images import FetchResult
-from dataplane.inbox import Inbox, SessionEnd, SessionLost, SessionOpened, UpdateReceived
-from dataplane.page_pool import PagePool
-from dataplane.residency import Residency
-from dataplane.sampling import SampledToken
-from dataplane.step_packer import ScheduledChunk
+from dataplane.engine.admission import EngineLimits
+from dataplane.engine.engine import Engine
+from dataplane.engine.inbox import Inbox, SessionEnd, SessionLost, SessionOpened, UpdateReceived
+from dataplane.engine.step_packer import ScheduledChunk
+from dataplane.memory.host_images import FetchResult
+from dataplane.memory.page_pool import PagePool
+from dataplane.memory.residency import Residency
+from dataplane.runner.sampling import SampledToken
 from kernels.lora import LoraAdapter, LoraRows
 from protos.planes import AdmittedRequest, BatchUpdate, EngineFinishReason, EngineSampling, StepReport
 

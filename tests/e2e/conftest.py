@@ -28,10 +28,10 @@ from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
 from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig
-from dataplane.model_runner import ModelRunner
-from dataplane.sampling import SampledToken
-from dataplane.server import DataPlaneServer
-from dataplane.step_packer import ScheduledChunk
+from dataplane.engine.step_packer import ScheduledChunk
+from dataplane.runner.model_runner import ModelRunner
+from dataplane.runner.sampling import SampledToken
+from dataplane.service.server import DataPlaneServer
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2_grpc
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from dataplane.model_runner import TorchModelRunner
+from dataplane.runner.model_runner import TorchModelRunner
 from protos.loraplane.v1 import adapter_pb2, data_plane_pb2, data_plane_pb2_grpc
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from adapter_store.geometry import BaseGeometry
-from dataplane.attention import TorchAttention
+from dataplane.attention.torch_attention import TorchAttention
 from dataplane.model.config import load_model_config
 from dataplane.model.decoder import Decoder
 from dataplane.model.step_inputs import StepInputs

@@ -1,0 +1,1 @@
+"""Attention over the page pool: the interface, its backends and the choice between them."""

@@ -1,0 +1,1 @@
+"""The standing set of requests and the step loop that computes it."""

@@ -1,0 +1,1 @@
+"""One step on the device: inputs up, model, tokens chosen and brought back."""

@@ -1,0 +1,1 @@
+"""The gRPC side of the process: server, servicer and sessions."""
