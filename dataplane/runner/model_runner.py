@@ -3,87 +3,118 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import ScheduledChunk
-from dataplane.model.step_inputs import StepInputs
-from dataplane.runner.sampling import SampledToken, SamplingRow, sample
+from dataplane.model.step_inputs import StepArrays, StepInputs
+from dataplane.runner.sampling import SampledToken, Sampler, SamplingRow
+from dataplane.runner.step_buffers import StepBuffers
 from kernels.lora import LoraAdapter
+
+
+class LaunchedStep(Protocol):
+    """A step that the device computes, or has computed."""
+
+    def wait(self) -> tuple[SampledToken, ...]:
+        """Blocks until it is computed; one token for each chunk that `is_last`, in order."""
+        ...
 
 
 class ModelRunner(Protocol):
     """The model as the engine sees it."""
 
-    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[SampledToken, ...]:
-        """Computes the chunks; returns one token for each that `is_last`, in order."""
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns before the step is computed, so that the next one is best launched before this is awaited."""
+        ...
+
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> LaunchedStep:
+        """Starts computing the chunks. A decoding chunk may continue a token that the step launched last has yet to choose."""
         ...
 
 
 class ForwardModel(Protocol):
     """The decoder as the runner sees it."""
 
+    def num_rows(self, step: StepArrays) -> int:
+        """To how many rows a step is padded."""
+        ...
+
     def forward(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Logits [num_logits_rows, vocab] in float32."""
+        """Logits [S, vocab] in float32 of the rows that are wanted; good until the next call, and the caller's to overwrite."""
         ...
 
 
 class TorchModelRunner:
-    """Runs the decoder over the pool tensor [num_layers, num_pages, page_elems]."""
+    """Runs the decoder over the pool tensor [num_layers, num_pages + 1, page_elems], whose last page takes what padding writes."""
 
     def __init__(
         self,
         model: ForwardModel,
         pool: torch.Tensor,
+        buffers: StepBuffers,
+        sampler: Sampler,
         page_tokens: int,
-        eos_token_ids: Sequence[int],
         adapter_of: Callable[[str], LoraAdapter],
+        runs_ahead: bool,
     ) -> None:
         """adapter_of: where the rows of an adapter that is on the device lie, by digest."""
         self._model = model
         self._pool = pool
+        self._buffers = buffers
+        self._sampler = sampler
         self._page_tokens = page_tokens
-        self._eos_token_ids = tuple(eos_token_ids)
         self._adapter_of = adapter_of
+        self._runs_ahead = runs_ahead
+        # Rows of the logits of the step launched last, by request: where its unknown tokens are chosen.
+        self._rows: dict[RequestState, int] = {}
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+        return self._runs_ahead
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[SampledToken, ...]:
-        """Computes the chunks; returns one token for each that `is_last`, in order."""
-        logits = self._model.forward(self._step_inputs(chunks), self._pool)
-        rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in (c.request for c in chunks if c.is_last)]
-        return sample(logits, rows, self._eos_token_ids)
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> LaunchedStep:
+        """Starts computing the chunks."""
+        step = self._step_arrays(chunks)
+        inputs = self._buffers.upload(step, self._model.num_rows(step), self._sampler.chosen)
+        logits = self._model.forward(inputs, self._pool)
+        last = [chunk.request for chunk in chunks if chunk.is_last]
+        rows = [self._sampling_row(request) for request in last]
+        launched = self._sampler.launch(logits, rows)
+        self._rows = {request: i for i, request in enumerate(last)}
+        return launched
 
-    def _step_inputs(self, chunks: Sequence[ScheduledChunk]) -> StepInputs:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        query_starts = [0]
-        adapter_index: list[int] = []
+    def _sampling_row(self, request: RequestState) -> SamplingRow:
+        unknown_row = self._rows[request] if request.num_unknown_tokens else -1
+        return SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, unknown_row)
+
+    def _step_arrays(self, chunks: Sequence[ScheduledChunk]) -> StepArrays:
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        lengths = np.array([chunk.num_scheduled_tokens for chunk in chunks], dtype=np.int32)
+        context_lens = starts + lengths
+        num_pages = -(-context_lens // self._page_tokens)
+        tables = [chunk.request.page_table[:n] for chunk, n in zip(chunks, num_pages.tolist(), strict=True)]
+        page_starts, query_starts = _running_sum(num_pages), _running_sum(lengths)
+        page_ids = np.concatenate(tables)
+        positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], lengths)
+        pages = page_ids[np.repeat(page_starts[:-1], lengths) + positions // self._page_tokens]
+        is_last = np.array([chunk.is_last for chunk in chunks])
         index_of: dict[str, int] = {}
-        for chunk in chunks:
-            request = chunk.request
-            first, last = request.num_computed_tokens, request.num_computed_tokens + chunk.num_scheduled_tokens
-            token_ids += request.token_ids[first:last]
-            positions += range(first, last)
-            slots += self._slots(request.page_table, first, last)
-            query_starts.append(len(token_ids))
-            digest = request.adapter_digest
-            index = index_of.setdefault(digest, len(index_of)) if digest else -1
-            adapter_index += [index] * chunk.num_scheduled_tokens
-        return StepInputs(
-            token_ids=self._int64(token_ids),
-            positions=self._int64(positions),
-            slots=self._int64(slots),
-            query_starts=tuple(query_starts),
-            context_lens=tuple(c.request.num_computed_tokens + c.num_scheduled_tokens for c in chunks),
-            page_tables=tuple(tuple(chunk.request.page_table) for chunk in chunks),
-            logits_rows=self._int64([end - 1 for chunk, end in zip(chunks, query_starts[1:], strict=True) if chunk.is_last]),
-            adapter_index=tuple(adapter_index),
+        indices = [index_of.setdefault(d, len(index_of)) if d else -1 for d in (c.request.adapter_digest for c in chunks)]
+        return StepArrays(
+            token_ids=np.concatenate([self._token_ids(chunk) for chunk in chunks]),
+            positions=positions,
+            slots=pages * self._page_tokens + positions % self._page_tokens,
+            query_starts=query_starts,
+            context_lens=context_lens,
+            page_starts=page_starts,
+            page_ids=page_ids,
+            logits_rows=query_starts[1:][is_last] - 1,
+            adapter_index=np.repeat(np.array(indices, dtype=np.int32), lengths),
             adapters=tuple(self._adapter_of(digest) for digest in index_of),
+            num_decodes=sum(chunk.is_decode for chunk in chunks),
         )
-
-    def _slots(self, page_table: Sequence[int], first: int, last: int) -> list[int]:
-        size = self._page_tokens
-        return [page_table[position // size] * size + position % size for position in range(first, last)]
-
-    def _int64(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._pool.device)
