@@ -40,6 +40,8 @@ class DataPlaneConfig:
     max_lora_rank: int = 64
     host_cache_bytes: int = 4 << 30
     load_format: LoadFormat = LoadFormat.AUTO
+    cuda_graphs: bool = True
+    overlap: bool = True
     orphan_grace_s: float = 30.0
     stop_timeout_s: float = 10.0
     json_progress: bool = False
@@ -68,6 +70,8 @@ def parse_config(argv: Sequence[str]) -> DataPlaneConfig:
         max_lora_rank=args.max_lora_rank,
         host_cache_bytes=args.host_cache_bytes,
         load_format=LoadFormat(args.load_format),
+        cuda_graphs=args.cuda_graphs,
+        overlap=args.overlap,
         orphan_grace_s=args.orphan_grace_s,
         stop_timeout_s=args.stop_timeout_s,
         json_progress=args.progress == "json",
@@ -94,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-lora-rank", type=_positive_int, default=default.max_lora_rank, metavar="N")
     parser.add_argument("--host-cache-bytes", type=_positive_int, default=default.host_cache_bytes, metavar="N")
     parser.add_argument("--load-format", choices=[f.value for f in LoadFormat], default=default.load_format.value)
+    parser.add_argument(
+        "--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="launch every kernel of every step, as on the CPU"
+    )
+    parser.add_argument(
+        "--no-overlap", dest="overlap", action="store_false", help="prepare a step only when the one before has been computed"
+    )
     parser.add_argument("--orphan-grace-s", type=_seconds, default=default.orphan_grace_s, metavar="SECONDS")
     parser.add_argument("--stop-timeout-s", type=_seconds, default=default.stop_timeout_s, metavar="SECONDS")
     parser.add_argument("--progress", choices=("none", "json"), default="none", help="json: events on stderr while loading")

@@ -41,7 +41,9 @@ def compose(repository: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("plane", ["dataplane", "controlplane"])
 def test_every_option_handed_on_is_known_to_the_process(repository: Path, compose: dict[str, Any], plane: str) -> None:
     table = up_options.DATA_PLANE_OPTIONS if plane == "dataplane" else up_options.CONTROL_PLANE_OPTIONS
-    args = build_parser().parse_args(["up", "--model=m", "--adapter-root=r", *(f"{flag}=1" for flag, _, _ in table)])
+    args = build_parser().parse_args(
+        ["up", "--model=m", "--adapter-root=r", *(f"{flag}=1" if metavar else flag for flag, metavar, _ in table)]
+    )
     config = up_options.config_from(args, "127.0.0.1:50051")
     command = up.data_plane_command(config, "unix:/x") if plane == "dataplane" else up.control_plane_command(config, ["unix:/x"])
     handed_on = options_of(command) | options_of(compose["services"][plane]["command"])

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from controlplane.cli.arguments import positive_seconds
 
-# Flag, metavar and meaning of what each process takes; `up` passes the value on as it was given.
-DATA_PLANE_OPTIONS = (
+Options = tuple[tuple[str, str | None, str], ...]
+
+# Flag, metavar and meaning of what each process takes; `up` passes the value on as it was given. Without a metavar the flag is
+# a switch.
+DATA_PLANE_OPTIONS: Options = (
     ("--device", "NAME", "cpu, cuda or auto (auto)"),
     ("--dtype", "NAME", "float32, bfloat16, float16 or auto (auto)"),
     ("--num-pages", "N", "pages of the pool (from free memory)"),
@@ -19,8 +22,10 @@ DATA_PLANE_OPTIONS = (
     ("--max-lora-rank", "N", "the largest rank of an adapter"),
     ("--host-cache-bytes", "N", "adapters kept in host memory"),
     ("--load-format", "NAME", "auto, or dummy for random weights"),
+    ("--no-cuda-graphs", None, "launch every kernel of every step"),
+    ("--no-overlap", None, "prepare a step only when the one before has been computed"),
 )
-CONTROL_PLANE_OPTIONS = (
+CONTROL_PLANE_OPTIONS: Options = (
     ("--redis-url", "URL", "a Redis for the registry (a private one in the state directory)"),
     ("--key-prefix", "PREFIX", "of the registry's keys"),
     ("--max-waiting", "N", "requests that may wait"),
@@ -74,7 +79,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for title, options in (("data plane", DATA_PLANE_OPTIONS), ("control plane", CONTROL_PLANE_OPTIONS)):
         group = parser.add_argument_group(f"{title} (see python -m {title.replace(' ', '').lower()} --help)")
         for flag, metavar, meaning in options:
-            group.add_argument(flag, metavar=metavar, help=meaning)
+            if metavar is None:
+                group.add_argument(flag, action="store_true", help=meaning)
+            else:
+                group.add_argument(flag, metavar=metavar, help=meaning)
 
 
 def config_from(args: argparse.Namespace, default_listen: str) -> UpConfig:
@@ -92,11 +100,13 @@ def config_from(args: argparse.Namespace, default_listen: str) -> UpConfig:
     )
 
 
-def _given(args: argparse.Namespace, options: tuple[tuple[str, str, str], ...]) -> tuple[str, ...]:
+def _given(args: argparse.Namespace, options: Options) -> tuple[str, ...]:
     given: list[str] = []
-    for flag, _, _ in options:
+    for flag, metavar, _ in options:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if value is not None:
+        if metavar is None:
+            given += [flag] if value else []
+        elif value is not None:
             # With the sign, a value that begins with a dash is still a value.
             given.append(f"{flag}={value}")
     return tuple(given)

@@ -17,7 +17,8 @@ def test_what_is_not_given_has_the_defaults_of_the_dataclass() -> None:
 def test_every_option_arrives() -> None:
     options = "--device cpu --dtype float16 --num-pages 9 --max-num-seqs 3 --token-budget 44 --max-model-len 77 --max-lora-rank 8"
     more = "--host-cache-bytes 123 --load-format dummy --orphan-grace-s 1.5 --stop-timeout-s 2 --progress json --listen [::]:1"
-    assert parse_config([*REQUIRED, *options.split(), *more.split()]) == DataPlaneConfig(
+    switches = "--no-cuda-graphs --no-overlap"
+    assert parse_config([*REQUIRED, *options.split(), *more.split(), *switches.split()]) == DataPlaneConfig(
         model_dir=Path("m/tiny"),
         store_dir=Path("s"),
         listen=("unix:/x", "[::]:1"),
@@ -30,6 +31,8 @@ def test_every_option_arrives() -> None:
         max_lora_rank=8,
         host_cache_bytes=123,
         load_format=LoadFormat.DUMMY,
+        cuda_graphs=False,
+        overlap=False,
         orphan_grace_s=1.5,
         stop_timeout_s=2.0,
         json_progress=True,

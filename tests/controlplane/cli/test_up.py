@@ -135,10 +135,12 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path, capsys: pytest.C
 
 def test_options_of_the_planes_are_handed_on(model: Path, tmp_path: Path) -> None:
     argv = ["up", f"--model={model}", f"--state-dir={tmp_path}", "--num-pages=40", "--dtype", "float32", "--max-waiting=7"]
+    argv += ["--no-overlap"]
     args = build_parser().parse_args([*argv, f"--adapter-root={tmp_path}", "--listen=unix:/a", "--listen=127.0.0.1:1"])
     config = up_options.config_from(args, "127.0.0.1:50051")
     data_plane = up.data_plane_command(config, "unix:/dp")
     assert {"--num-pages=40", "--dtype=float32", "--listen=unix:/dp", f"--model={model}", "--progress=json"} <= set(data_plane)
+    assert "--no-overlap" in data_plane and "--no-cuda-graphs" not in data_plane
     assert "--max-waiting=7" not in data_plane
     control_plane = up.control_plane_command(config, ["unix:/dp"])
     assert {"--max-waiting=7", "--data-plane=unix:/dp", "--listen=unix:/a", "--listen=127.0.0.1:1"} <= set(control_plane)
