@@ -7,6 +7,7 @@ Longer than most files here: what one turn does, and in which order, should be r
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dataplane.engine.admission import EngineLimits, refusal
 from dataplane.engine.inbox import (
@@ -22,12 +23,12 @@ from dataplane.engine.inbox import (
     Shutdown,
     UpdateReceived,
 )
+from dataplane.engine.model_runner import LaunchedStep, ModelRunner
 from dataplane.engine.report_draft import ReportDraft
 from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import PackedStep, StepPacker
 from dataplane.memory.page_pool import PageKind, PagePool
 from dataplane.memory.residency import Residency
-from dataplane.runner.model_runner import ModelRunner
 from dataplane.runner.sampling import SampledToken
 from protos.planes import AdmittedRequest, BatchUpdate, EngineFinishReason, EngineState, PoolCounts, StepTiming
 
@@ -37,8 +38,21 @@ _log = logging.getLogger(__name__)
 IDLE_CHECK_AFTER_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class StepOnItsWay:
+    """A step that was launched and whose tokens have not been taken in."""
+
+    packed: PackedStep
+    launched: LaunchedStep
+    started_at: float
+
+
 class Engine:
-    """Owns the standing set, in the order of admission. All methods but `stop` belong to the engine's thread."""
+    """Owns the standing set, in the order of admission. All methods but `stop` belong to the engine's thread.
+
+    With a runner that runs ahead, a step is packed and launched while the one before it computes: what a request's last token
+    was is then not known yet, and one token too many may be computed of a request that this token ends; it is thrown away.
+    """
 
     def __init__(
         self,
@@ -68,6 +82,8 @@ class Engine:
         self._draft = ReportDraft()
         self._orphaned_at: float | None = None
         self._num_steps = 0
+        self._on_its_way: StepOnItsWay | None = None
+        self._last_taken_in_at = 0.0
         self._is_stopping = False
         # Nothing can change before the next message: the last turn had no request to compute, or room for none.
         self._is_stalled = True
@@ -112,7 +128,7 @@ class Engine:
         """Asserts that pool, adapters and standing set agree to the last page."""
         self._pool.check_integrity()
         self._residency.check_integrity()
-        held = sum(len(request.page_table) for request in self._standing.values())
+        held = sum(request.num_pages for request in self._standing.values())
         num_kv = self._pool.num_held(PageKind.KV)
         assert held == num_kv, f"page tables name {held} pages, the pool counts {num_kv} of KV"
 
@@ -146,6 +162,7 @@ class Engine:
                 self._is_stopping = True
 
     def _open_session(self, session: ReportSink) -> None:
+        self._take_in_launched()  # its tokens belong to the session that is over
         if self._session is not None:
             self._session.close(SessionEnd.TAKEN_OVER)
         _log.info("session opened session=%s held=%d", session.session_id, len(self._standing))
@@ -184,7 +201,7 @@ class Engine:
                 self._drop(self._standing[key])
             self._draft.finish(key, EngineFinishReason.REJECTED, error)
             return
-        self._standing[key] = RequestState(admitted, self._clock())
+        self._standing[key] = RequestState(admitted, self._clock(), self._limits.max_model_len)
         if admitted.adapter_digest:
             self._residency.acquire(admitted.adapter_digest)
 
@@ -197,11 +214,11 @@ class Engine:
             self._finish(request, EngineFinishReason.ADAPTER_FAILED, error)
 
     def _step(self) -> bool:
-        """One step, if the session can take its report. Returns whether another may follow without a message."""
+        """Launches one step, if the session can take its report, and takes in the one before. Returns whether another turn may
+        follow without a message."""
         self._residency.poll_copies()
-        if self._session is None or not self._session.has_room():
-            return False
-        if self._awaits_update:
+        if self._session is None or not self._session.has_room() or self._awaits_update:
+            self._take_in_launched()
             return False
         started_at = self._clock()
         packed = self._packer.pack(self._standing.values())
@@ -211,22 +228,37 @@ class Engine:
             self._draft.adapter_ready(request.request_key, started_at - request.admitted_at)
         self._draft.starve(packed.starved)
         if not packed.chunks:
-            return self._residency.wait_for_copies()
-        sampled = self._runner.run(packed.chunks)
-        self._take_in(packed, sampled)
-        self._num_steps += 1
-        duration_s = self._clock() - started_at
-        self._report(StepTiming(self._num_steps, duration_s, packed.num_prefill_tokens, packed.num_decode_tokens))
+            return self._take_in_launched() or self._residency.wait_for_copies()
+        launched = self._runner.launch(packed.chunks)
+        for chunk in packed.chunks:
+            chunk.request.launch(chunk.num_scheduled_tokens)
+        if self._runner.runs_ahead:
+            self._take_in_launched()  # the step before, while this one computes
+        self._on_its_way = StepOnItsWay(packed, launched, started_at)
+        if not self._runner.runs_ahead:
+            self._take_in_launched()
         return True
 
-    def _take_in(self, packed: PackedStep, sampled: tuple[SampledToken, ...]) -> None:
-        """Books what the step computed, and ends the requests that are complete."""
-        samples = iter(sampled)
-        for chunk in packed.chunks:
-            request, is_last = chunk.request, chunk.is_last
-            request.num_computed_tokens += chunk.num_scheduled_tokens
-            if is_last:
-                self._take_token(request, next(samples))
+    def _take_in_launched(self) -> bool:
+        """Waits for the step on its way, books what it chose and reports it. Returns whether there was one."""
+        step, self._on_its_way = self._on_its_way, None
+        if step is None:
+            return False
+        sampled = iter(step.launched.wait())
+        for chunk in step.packed.chunks:
+            if not chunk.is_last:
+                continue
+            token, request = next(sampled), chunk.request
+            # Not one that was aborted or ended while this step was on its way, nor its successor under the same key.
+            if self._standing.get(request.request_key) is request:
+                self._take_token(request, token)
+        self._num_steps += 1
+        now = self._clock()
+        # A step begins when it is launched, or when the device is done with the one before.
+        duration_s = now - max(step.started_at, self._last_taken_in_at)
+        self._last_taken_in_at = now
+        self._report(StepTiming(self._num_steps, duration_s, step.packed.num_prefill_tokens, step.packed.num_decode_tokens))
+        return True
 
     def _take_token(self, request: RequestState, sampled: SampledToken) -> None:
         if sampled.token_id is None:
@@ -236,7 +268,7 @@ class Engine:
             return
         request.append(sampled.token_id)
         self._draft.add_token(request.request_key, sampled.token_id, sampled.logprobs)
-        reason_or_none = request.finish_reason(self._limits.eos_token_ids, self._limits.max_model_len)
+        reason_or_none = request.finish_reason(self._limits.eos_token_ids)
         if reason_or_none is not None:
             self._finish(request, reason_or_none)
 
@@ -247,7 +279,8 @@ class Engine:
     def _drop(self, request: RequestState) -> None:
         """Takes a request out of the standing set and frees what it holds."""
         del self._standing[request.request_key]
-        self._pool.free(request.page_table, request.owner)
+        # A step on its way may still read and write them; whatever comes to lie there is written behind it.
+        self._pool.free(request.page_table.tolist(), request.owner)
         if request.adapter_digest:
             self._residency.release(request.adapter_digest)
 
@@ -288,6 +321,7 @@ class Engine:
         self._residency.set_pinned(())
 
     def _end(self) -> None:
+        self._take_in_launched()
         if self._session is not None:
             self._session.close(SessionEnd.SHUTTING_DOWN)
             self._session = None

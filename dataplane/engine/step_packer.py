@@ -31,15 +31,16 @@ class AdapterAccess(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The tokens num_computed_tokens .. + num_scheduled_tokens of one request; its page table has room for them."""
+    """The tokens start .. start + num_scheduled_tokens of one request; its page table has room for them.
+
+    is_last: whether these are all there are, so that the next token is chosen from the last of them.
+    """
 
     request: RequestState
+    start: int
     num_scheduled_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it computes everything that is known, so that the next token is sampled from it."""
-        return self.num_scheduled_tokens == self.request.num_pending_tokens
+    is_decode: bool
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class StepPacker:
 
         Once a request is short of pages, those admitted after it get none in this step: what is freed must reach it first.
         """
-        prefill_budget = self._token_budget - sum(request.phase is RequestPhase.DECODE for request in standing)
+        num_decoding = sum(request.phase is RequestPhase.DECODE and not request.is_full for request in standing)
+        prefill_budget = self._token_budget - num_decoding
         assert prefill_budget >= 0, f"more decoding requests than the token budget {self._token_budget}"
         decode: list[ScheduledChunk] = []
         prefill: list[ScheduledChunk] = []
@@ -78,6 +80,8 @@ class StepPacker:
         ready: list[RequestState] = []
         may_allocate = True
         for request in standing:
+            if request.is_full:
+                continue
             readiness = self._prepare(request, may_allocate, ready)
             if readiness is Readiness.LOADING:
                 continue
@@ -89,7 +93,9 @@ class StepPacker:
                 if num_granted == 0:
                     starved.append(request.request_key)
             if num_granted:
-                (decode if is_decode else prefill).append(ScheduledChunk(request, num_granted))
+                is_last = num_granted == request.num_pending_tokens
+                chunk = ScheduledChunk(request, request.num_computed_tokens, num_granted, is_decode, is_last)
+                (decode if is_decode else prefill).append(chunk)
                 prefill_budget -= 0 if is_decode else num_granted
         num_prefill_tokens = sum(chunk.num_scheduled_tokens for chunk in prefill)
         return PackedStep((*decode, *prefill), tuple(starved), tuple(ready), num_prefill_tokens, len(decode))
@@ -105,12 +111,12 @@ class StepPacker:
 
     def _grow(self, request: RequestState, num_tokens: int, may_allocate: bool) -> int:
         """Makes room for up to that many more tokens and returns for how many there is."""
-        num_room = len(request.page_table) * self._page_tokens - request.num_computed_tokens
+        num_room = request.num_pages * self._page_tokens - request.num_computed_tokens
         if num_room < num_tokens and may_allocate:
             num_missing = -(-(num_tokens - num_room) // self._page_tokens)
             num_pages = min(num_missing, self._pool.num_free + self._adapters.num_idle_pages)
             pages = self._pool.allocate(num_pages, request.owner) if self._adapters.reclaim(num_pages) else None
             assert pages is not None, f"{num_pages} pages were free or idle, but could not be had"
-            request.page_table.extend(pages)
+            request.add_pages(pages)
             num_room += num_pages * self._page_tokens
         return min(num_tokens, num_room)

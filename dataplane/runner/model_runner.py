@@ -6,33 +6,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dataplane.engine.model_runner import LaunchedStep
 from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import ScheduledChunk
-from dataplane.model.step_inputs import StepArrays, StepInputs
-from dataplane.runner.sampling import SampledToken, Sampler, SamplingRow
+from dataplane.model.step_inputs import Ints, StepArrays, StepInputs
+from dataplane.runner.sampling import Sampler, SamplingRow
 from dataplane.runner.step_buffers import StepBuffers
 from kernels.lora import LoraAdapter
-
-
-class LaunchedStep(Protocol):
-    """A step that the device computes, or has computed."""
-
-    def wait(self) -> tuple[SampledToken, ...]:
-        """Blocks until it is computed; one token for each chunk that `is_last`, in order."""
-        ...
-
-
-class ModelRunner(Protocol):
-    """The model as the engine sees it."""
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether `launch` returns before the step is computed, so that the next one is best launched before this is awaited."""
-        ...
-
-    def launch(self, chunks: Sequence[ScheduledChunk]) -> LaunchedStep:
-        """Starts computing the chunks. A decoding chunk may continue a token that the step launched last has yet to choose."""
-        ...
 
 
 class ForwardModel(Protocol):
@@ -48,7 +28,7 @@ class ForwardModel(Protocol):
 
 
 class TorchModelRunner:
-    """Runs the decoder over the pool tensor [num_layers, num_pages + 1, page_elems], whose last page takes what padding writes."""
+    """Runs the decoder over the pool tensor [num_layers, num_pages + 1, page_elems]; its last page takes what padding writes."""
 
     def __init__(
         self,
@@ -118,3 +98,16 @@ class TorchModelRunner:
             adapters=tuple(self._adapter_of(digest) for digest in index_of),
             num_decodes=sum(chunk.is_decode for chunk in chunks),
         )
+
+    def _token_ids(self, chunk: ScheduledChunk) -> Ints:
+        """The chunk's tokens; for one that is still being chosen, the row in which it is."""
+        request, end = chunk.request, chunk.start + chunk.num_scheduled_tokens
+        known = request.token_ids[chunk.start : end]
+        if end <= len(request.token_ids):
+            return known
+        return np.append(known, np.int32(-1 - self._rows[request]))
+
+
+def _running_sum(lengths: Ints) -> Ints:
+    """[n + 1], from 0."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)

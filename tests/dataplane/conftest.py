@@ -17,6 +17,7 @@ from adapter_store.image import AdapterImage, ImageHeader
 from dataplane.engine.admission import EngineLimits
 from dataplane.engine.engine import Engine
 from dataplane.engine.inbox import Inbox, SessionEnd, SessionLost, SessionOpened, UpdateReceived
+from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import ScheduledChunk
 from dataplane.memory.host_images import FetchResult
 from dataplane.memory.page_pool import PagePool
@@ -116,10 +117,28 @@ class FakeCopy:
         self._is_done = True
 
 
+@dataclass(frozen=True)
+class FakeStep:
+    """A step on its way."""
+
+    tokens: tuple[SampledToken, ...]
+    on_wait: Callable[[], None]
+
+    def wait(self) -> tuple[SampledToken, ...]:
+        self.on_wait()
+        return self.tokens
+
+
 class FakeDevice:
     """The pool as integers, the copier into it and the model over it."""
 
-    def __init__(self, num_pages: int, page_tokens: int, num_copy_polls: int = 0) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, num_copy_polls: int = 0, runs_ahead: bool = False) -> None:
+        self.runs_ahead = runs_ahead
+        # What a test wants to come back instead.
+        self.alter: Callable[[tuple[SampledToken, ...]], tuple[SampledToken, ...]] = lambda tokens: tokens
+        self.on_wait: Callable[[], None] = lambda: None
+        self.num_launched = 0
+        self._chosen: dict[RequestState, int] = {}
         self.page_tokens = page_tokens
         self.cells = [0] * (num_pages * page_tokens)
         self.num_copy_polls = num_copy_polls
@@ -134,17 +153,21 @@ class FakeDevice:
         rows = torch.tensor(list(pages))
         return FakeCopy(write, LoraAdapter({"q_proj": LoraRows(len(pages), 1.0, rows, rows)}), self.num_copy_polls)
 
-    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[SampledToken, ...]:
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> FakeStep:
+        """Computes at once, as a device does in the order of launches; what it chose is kept back until somebody waits."""
+        self.num_launched += 1
         self.max_step_tokens = max(self.max_step_tokens, sum(chunk.num_scheduled_tokens for chunk in chunks))
         for chunk in chunks:
-            first = chunk.request.num_computed_tokens
-            for position in range(first, first + chunk.num_scheduled_tokens):
-                self.cells[self._slot(chunk, position)] = chunk.request.token_ids[position]
-        return tuple(SampledToken(self._next_token(chunk)) for chunk in chunks if chunk.is_last)
+            known = chunk.request.token_ids.tolist()
+            for position in range(chunk.start, chunk.start + chunk.num_scheduled_tokens):
+                token_id = known[position] if position < len(known) else self._chosen[chunk.request]
+                self.cells[self._slot(chunk, position)] = token_id
+        self._chosen = {chunk.request: self._next_token(chunk) for chunk in chunks if chunk.is_last}
+        return FakeStep(self.alter(tuple(SampledToken(token_id) for token_id in self._chosen.values())), self.on_wait)
 
     def _next_token(self, chunk: ScheduledChunk) -> int:
         request = chunk.request
-        read = [self.cells[self._slot(chunk, position)] for position in range(len(request.token_ids))]
+        read = [self.cells[self._slot(chunk, position)] for position in range(chunk.start + chunk.num_scheduled_tokens)]
         adapter_cells: list[int] = []
         if request.adapter_digest:
             pages = self.adapter_of(request.adapter_digest).modules["q_proj"].a_rows.tolist()
@@ -152,7 +175,7 @@ class FakeDevice:
         return token_after(read, adapter_cells)
 
     def _slot(self, chunk: ScheduledChunk, position: int) -> int:
-        return chunk.request.page_table[position // self.page_tokens] * self.page_tokens + position % self.page_tokens
+        return int(chunk.request.page_table[position // self.page_tokens]) * self.page_tokens + position % self.page_tokens
 
 
 @dataclass
@@ -203,13 +226,14 @@ class EngineWorld:
         host_capacity: int = 1000,
         num_copy_polls: int = 0,
         eos_token_ids: tuple[int, ...] = (),
+        runs_ahead: bool = False,
     ) -> None:
         self.clock = FakeClock()
         self.inbox = Inbox()
         self.pool = PagePool(num_pages)
         self.host = FakeHost(image_pages, host_capacity)
         self.host.on_evict = self.inbox.put_evicted
-        self.device = FakeDevice(num_pages, page_tokens, num_copy_polls)
+        self.device = FakeDevice(num_pages, page_tokens, num_copy_polls, runs_ahead)
         self.residency = Residency(self.pool, self.host, self.device, self.inbox.put_fetched, self.clock)
         self.device.adapter_of = self.residency.adapter
         limits = EngineLimits(VOCAB, eos_token_ids, max_model_len, max_num_seqs, token_budget, num_pages, page_tokens)

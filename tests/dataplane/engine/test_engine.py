@@ -210,17 +210,14 @@ def test_a_key_used_twice_ends_both(make_world: MakeWorld, admit: Admit) -> None
     assert world.engine.num_running == 0
 
 
-def test_logits_that_are_not_finite_end_that_request_alone(
-    make_world: MakeWorld, admit: Admit, expect: Expect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_that_are_not_finite_end_that_request_alone(make_world: MakeWorld, admit: Admit, expect: Expect) -> None:
     world = make_world()
     world.update(prefetch=["x"])
     world.run_until_idle()
-    run = world.device.run
-    monkeypatch.setattr(world.device, "run", lambda chunks: (SampledToken(None), *run(chunks)[1:]))
+    world.device.alter = lambda tokens: (SampledToken(None), *tokens[1:])
     world.update(admit=[admit(1, [1], 3, "x"), admit(2, [1], 3)])
     world.turn()
-    monkeypatch.undo()
+    world.device.alter = lambda tokens: tokens
     world.run_until_idle()
     reason, error = world.finished[1]
     assert reason is EngineFinishReason.ADAPTER_FAILED
@@ -228,10 +225,10 @@ def test_logits_that_are_not_finite_end_that_request_alone(
     assert world.tokens == {2: expect([1], 3)}
 
 
-def test_logprobs_travel_with_their_token(make_world: MakeWorld, admit: Admit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_travel_with_their_token(make_world: MakeWorld, admit: Admit) -> None:
     world = make_world()
     logprobs = StepLogprobs(-0.5, (3,), (-0.5,))
-    monkeypatch.setattr(world.device, "run", lambda chunks: (SampledToken(3, logprobs), SampledToken(4)))
+    world.device.alter = lambda tokens: (SampledToken(3, logprobs), SampledToken(4))
     world.update(admit=[admit(1, [1], 3), admit(2, [1], 3)])
     (report,) = world.turn()
     assert report.logprobs == {1: logprobs}
@@ -361,12 +358,70 @@ def test_an_exception_in_a_step_ends_the_service(make_world: MakeWorld, admit: A
     def fail(chunks: object) -> tuple[SampledToken, ...]:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(world.device, "run", fail)
+    monkeypatch.setattr(world.device, "launch", fail)
     world.update(admit=[admit(1, [1], 50)])
     failures: list[bool] = []
     world.engine.run(on_failure=lambda: failures.append(True))
     assert failures == [True]
     assert world.sink.ended is SessionEnd.ENGINE_FAILED
+
+
+def test_a_runner_that_runs_ahead_computes_the_next_step_before_this_one_is_awaited(
+    make_world: MakeWorld, admit: Admit, expect: Expect
+) -> None:
+    world = make_world(runs_ahead=True)
+    awaited: list[int] = []
+    world.device.on_wait = lambda: awaited.append(world.device.num_launched)
+    world.update(admit=[admit(1, [1, 2], 3), admit(2, [4] * 40, 2)])
+    reports = world.run_until_idle()
+    assert world.tokens == {1: expect([1, 2], 3), 2: expect([4] * 40, 2)}
+    assert [r.timing.num_steps for r in reports if r.token_ids] == [1, 2, 3], "one report for each step all the same"
+    assert awaited == [2, 3, 3]
+
+
+def test_what_runs_ahead_of_a_request_that_ends_is_thrown_away(make_world: MakeWorld, admit: Admit, expect: Expect) -> None:
+    third = expect([9], 3)[2]
+    world = make_world(runs_ahead=True, eos_token_ids=(third,))
+    world.update(admit=[admit(1, [9], 50)])
+    world.run_until_idle()
+    assert world.tokens == {1: expect([9], 3)}
+    assert world.device.num_launched == 4, "the fourth was launched before the third token was known to end it"
+    assert world.pool.num_free == world.pool.num_pages
+
+
+def test_nothing_runs_ahead_of_a_request_whose_last_token_is_on_its_way(make_world: MakeWorld, admit: Admit) -> None:
+    world = make_world(runs_ahead=True, max_model_len=10)
+    world.update(admit=[admit(1, [1], 3)])
+    world.run_until_idle()
+    assert world.device.num_launched == 3
+    world.update(admit=[admit(2, [1] * 8, 50)])
+    world.run_until_idle()
+    assert (len(world.tokens[2]), world.device.num_launched) == (2, 5)
+
+
+def test_a_key_that_is_admitted_again_while_its_step_runs_does_not_get_the_old_token(
+    make_world: MakeWorld, admit: Admit, expect: Expect
+) -> None:
+    world = make_world(runs_ahead=True)
+    world.update(admit=[admit(1, [5, 6], 9)])
+    world.turn()
+    world.update(abort=[1], admit=[admit(1, [7], 4)])
+    world.run_until_idle()
+    assert world.tokens == {1: expect([7], 4)}
+
+
+def test_a_session_that_ends_while_a_step_runs_takes_its_tokens_along(
+    make_world: MakeWorld, make_sink: type[FakeSink], admit: Admit
+) -> None:
+    world = make_world(runs_ahead=True)
+    world.update(admit=[admit(1, [5, 6], 9)])
+    world.turn()
+    world.disconnect()
+    world.connect(make_sink())
+    world.update(abort=[1])
+    reports = world.run_until_idle()
+    assert [r.token_ids for r in reports] == [()]
+    assert world.pool.num_free == world.pool.num_pages
 
 
 @st.composite
@@ -383,6 +438,7 @@ def _requests(draw: st.DrawFn) -> list[tuple[list[int], int, str]]:
     token_budget=st.integers(8, 40),
     host_capacity=st.integers(1, 3),
     num_copy_polls=st.integers(0, 2),
+    runs_ahead=st.booleans(),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -395,6 +451,7 @@ def test_same_outputs_whatever_chunks_pool_evictions_and_preemptions(
     token_budget: int,
     host_capacity: int,
     num_copy_polls: int,
+    runs_ahead: bool,
     data: st.DataObject,
 ) -> None:
     """A control plane in miniature: it admits at random moments, and recomputes the newest request when others starve."""
@@ -405,6 +462,7 @@ def test_same_outputs_whatever_chunks_pool_evictions_and_preemptions(
         image_pages=len,
         host_capacity=host_capacity,
         num_copy_polls=num_copy_polls,
+        runs_ahead=runs_ahead,
     )
     waiting = list(enumerate(requests))
     outputs: dict[int, list[int]] = {i: [] for i in range(len(requests))}

@@ -40,15 +40,14 @@ class FixedAdapters:
 
 def _request(key: int, num_tokens: int, digest: str = "") -> RequestState:
     sampling = EngineSampling(max_tokens=1000)
-    return RequestState(AdmittedRequest(key, str(key), tuple(range(num_tokens)), 0, digest, sampling), 0.0)
+    return RequestState(AdmittedRequest(key, str(key), tuple(range(num_tokens)), 0, digest, sampling), 0.0, 10_000)
 
 
 def _compute(packed: PackedStep) -> None:
     """What the engine does after a step."""
     for chunk in packed.chunks:
-        is_last = chunk.is_last
-        chunk.request.num_computed_tokens += chunk.num_scheduled_tokens
-        if is_last:
+        chunk.request.launch(chunk.num_scheduled_tokens)
+        if chunk.is_last:
             chunk.request.append(0)
 
 
