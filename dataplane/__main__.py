@@ -6,8 +6,9 @@ import logging
 import signal
 import sys
 
-from dataplane.assembly import DataPlaneError, load_data_plane
+from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, parse_config
+from dataplane.errors import DataPlaneError
 from dataplane.memory.pool_sizing import PoolTooSmallError
 from dataplane.model.errors import ModelError
 from dataplane.service.server import DataPlaneServer, ListenError

@@ -1,6 +1,5 @@
 """Builds a data plane from its configuration: model, pool, residency and engine, wired together. Serves nothing yet."""
 
-import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -9,37 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from adapter_store.geometry import BaseGeometry
 from adapter_store.host_cache import HostCache
 from adapter_store.image_store import ImageStore
-from dataplane.attention.choice import attention_backend, why_torch_attention
-from dataplane.attention.interface import AttentionBackend, AttentionShape
-from dataplane.config import DataPlaneConfig, LoadFormat
-from dataplane.engine.admission import EngineLimits
+from dataplane.config import DataPlaneConfig
 from dataplane.engine.engine import Engine
 from dataplane.engine.inbox import Inbox
+from dataplane.errors import DataPlaneError
+from dataplane.loading import LoadedModel, Parts, load_model
 from dataplane.memory.adapter_copy import TensorCopier
 from dataplane.memory.page_pool import PagePool
-from dataplane.memory.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
 from dataplane.memory.residency import Residency
-from dataplane.model.checkpoint import fingerprint
-from dataplane.model.config import ModelConfig, load_model_config
-from dataplane.model.decoder import Decoder, lora_groups
-from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
-from dataplane.runner.model_runner import TorchModelRunner
-from kernels.backend import lora_ops, why_torch
-from kernels.lora import LoraOps
-from kernels.plan_layout import LoraLimits
+from dataplane.model.weights import Progress
 from protos.loraplane.v1 import data_plane_pb2 as pb
-
-_log = logging.getLogger(__name__)
 
 # Threads that read adapters from the store.
 NUM_FETCH_WORKERS = 4
-
-
-class DataPlaneError(Exception):
-    """The configuration cannot be served as it stands; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,90 +41,30 @@ class DataPlane:
         return thread
 
 
-def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None) -> DataPlane:
+def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None, parts: Parts | None = None) -> DataPlane:
     """Loads the model and sizes the pool; takes as long as reading the weights does.
 
     Raises:
         DataPlaneError, ModelError, PoolTooSmallError: it cannot be served; the message says why.
     """
-    device = _device(config)
+    parts = parts or Parts()
     store = _open_store(config)
-    model_config = load_model_config(config.model_dir)
-    max_model_len = _max_model_len(config, model_config)
-    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    geometry = model_config.geometry(dtype, config.max_lora_rank, config.model_name, fingerprint(config.model_dir))
-    weights = _weights(config, model_config, getattr(torch, dtype), device, progress)
-    lora = _lora_ops(config, model_config, getattr(torch, dtype), device)
-    attention = _attention(model_config, geometry.page_tokens, getattr(torch, dtype), device)
-    model = Decoder(model_config, weights, lora, attention)
-    num_pages = choose_num_pages(config, geometry, max_model_len, model, device)
-    max_model_len = fit_max_model_len(config, geometry, max_model_len, num_pages)
-    warn_of_large_adapters(geometry, num_pages)
-    limits = _limits(config, model_config, geometry, max_model_len, num_pages)
-    pool = _allocate_pool(geometry, num_pages, device)
+    loaded = load_model(config, progress, parts)
     epoch = secrets.randbits(63)
-    _log.info("model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype)
-    inbox, host_cache, engine = _build_engine(config, store, geometry, limits, model, pool, epoch)
-    return DataPlane(inbox, engine, host_cache, _describe(config, model_config, geometry, limits, device, epoch))
-
-
-def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device) -> torch.Tensor:
-    """Zeroed: torch may read, and then ignore, what nobody has written; a NaN there would not be ignored."""
-    shape = (geometry.num_layers, num_pages, geometry.page_elems)
-    try:
-        return torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
-    except RuntimeError as error:  # what torch raises for memory that it cannot have, on any device
-        raise DataPlaneError(
-            f"a pool of {num_pages} pages takes {num_pages * geometry.page_bytes} bytes on {device}, which cannot be had; "
-            "lower --num-pages or --pool-bytes"
-        ) from error
-
-
-def _build_engine(
-    config: DataPlaneConfig,
-    store: ImageStore,
-    geometry: BaseGeometry,
-    limits: EngineLimits,
-    model: Decoder,
-    pool: torch.Tensor,
-    epoch: int,
-) -> tuple[Inbox, HostCache, Engine]:
     inbox = Inbox()
     host_cache = HostCache(
         store,
-        geometry,
+        loaded.geometry,
         config.host_cache_bytes,
         num_workers=NUM_FETCH_WORKERS,
-        pin_memory=pool.is_cuda,
+        pin_memory=loaded.pool.is_cuda,
         on_evict=inbox.put_evicted,
     )
-    pages = PagePool(limits.num_pages)
-    residency = Residency(pages, host_cache, TensorCopier(pool), inbox.put_fetched)
-    runner = TorchModelRunner(model, pool, limits.page_tokens, limits.eos_token_ids, residency.adapter)
-    return inbox, host_cache, Engine(inbox, runner, pages, residency, limits, epoch, config.orphan_grace_s)
-
-
-def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> LoraOps:
-    groups = lora_groups(model)
-    reason = why_torch(groups, dtype, device)
-    if device.type == "cuda" and reason is not None:
-        _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
-    return lora_ops(groups, dtype, device, LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank))
-
-
-def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    windows = frozenset(model.layer_windows)
-    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, page_tokens, windows)
-    reason = why_torch_attention(shape, dtype, device)
-    if device.type == "cuda" and reason is not None:
-        _log.warning("attention runs on plain torch, which is slow: %s", reason)
-    return attention_backend(shape, dtype, device)
-
-
-def _device(config: DataPlaneConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DataPlaneError("--device cuda, but torch finds no CUDA device; use --device cpu or check the driver")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    pages = (parts.page_pool or PagePool)(loaded.limits.num_pages)
+    residency = Residency(pages, host_cache, TensorCopier(loaded.pool), inbox.put_fetched)
+    runner = loaded.runner(residency.adapter)
+    engine = Engine(inbox, runner, pages, residency, loaded.limits, epoch, config.orphan_grace_s)
+    return DataPlane(inbox, engine, host_cache, _describe(config, loaded, epoch))
 
 
 def _open_store(config: DataPlaneConfig) -> ImageStore:
@@ -152,43 +75,8 @@ def _open_store(config: DataPlaneConfig) -> ImageStore:
         raise DataPlaneError(f"--store-dir {config.store_dir} cannot be opened: {error.strerror}") from error
 
 
-def _max_model_len(config: DataPlaneConfig, model: ModelConfig) -> int:
-    longest = model.max_position_embeddings
-    if config.max_model_len is None:
-        return longest
-    if config.max_model_len > longest:
-        raise DataPlaneError(f"--max-model-len {config.max_model_len} is over the model's max_position_embeddings {longest}")
-    return config.max_model_len
-
-
-def _weights(
-    config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> ModelWeights:
-    if config.load_format is LoadFormat.DUMMY:
-        return make_dummy_weights(model, dtype, device)
-    return load_weights(config.model_dir, model, dtype, device, progress)
-
-
-def _limits(
-    config: DataPlaneConfig, model: ModelConfig, geometry: BaseGeometry, max_model_len: int, num_pages: int
-) -> EngineLimits:
-    try:
-        return EngineLimits(
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            token_budget=config.token_budget,
-            num_pages=num_pages,
-            page_tokens=geometry.page_tokens,
-        )
-    except ValueError as error:
-        raise DataPlaneError(str(error)) from error
-
-
-def _describe(
-    config: DataPlaneConfig, model: ModelConfig, geometry: BaseGeometry, limits: EngineLimits, device: torch.device, epoch: int
-) -> pb.DescribeResponse:
+def _describe(config: DataPlaneConfig, loaded: LoadedModel, epoch: int) -> pb.DescribeResponse:
+    model, geometry, limits, device = loaded.config, loaded.geometry, loaded.limits, loaded.device
     return pb.DescribeResponse(
         epoch=epoch,
         version=_version(),

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapter_store.image_store import ImageStore
 from adapter_store.peft_import import import_peft
-from dataplane.assembly import DataPlaneError, load_data_plane
+from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, LoadFormat
+from dataplane.errors import DataPlaneError
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import load_model_config
 from dataplane.service.server import SERVICE_NAME, DataPlaneServer, ListenError

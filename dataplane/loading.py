@@ -1,0 +1,163 @@
+"""Loads a base model onto its device, with its pool and all that a step needs. Knows no request."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapter_store.geometry import BaseGeometry
+from dataplane.attention.choice import attention_backend, why_torch_attention
+from dataplane.attention.interface import AttentionBackend, AttentionShape
+from dataplane.config import DataPlaneConfig, LoadFormat
+from dataplane.engine.admission import EngineLimits
+from dataplane.errors import DataPlaneError
+from dataplane.memory.page_pool import PagePool
+from dataplane.memory.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
+from dataplane.model.checkpoint import fingerprint
+from dataplane.model.config import ModelConfig, load_model_config
+from dataplane.model.decoder import Decoder, lora_groups
+from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
+from dataplane.runner.model_runner import ForwardModel, TorchModelRunner
+from dataplane.runner.sampling import Sampler
+from dataplane.runner.step_buffers import StepBuffers
+from kernels.backend import lora_ops, why_torch
+from kernels.lora import LoraAdapter, LoraOps, LoraTarget
+from kernels.plan_layout import LoraLimits
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a comparison may put in the place of real parts; None is the real one.
+
+    lora_ops: makes the LoRA operation from the targets of each input, the pool's dtype, its device and the largest step.
+    page_pool: makes the pool's books for a number of pages.
+    """
+
+    lora_ops: Callable[[Sequence[tuple[LoraTarget, ...]], torch.dtype, torch.device, LoraLimits], LoraOps] | None = None
+    page_pool: Callable[[int], PagePool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device that computes steps. pool: [num_layers, num_pages + 1, page_elems], the last page for padding."""
+
+    config: ModelConfig
+    geometry: BaseGeometry
+    limits: EngineLimits
+    device: torch.device
+    pool: torch.Tensor
+    decoder: Decoder
+    model: ForwardModel
+    buffers: StepBuffers
+    sampler: Sampler
+    runs_ahead: bool
+
+    def runner(self, adapter_of: Callable[[str], LoraAdapter]) -> TorchModelRunner:
+        """What computes steps. adapter_of: where the rows of an adapter that is on the device lie, by digest."""
+        page_tokens = self.limits.page_tokens
+        return TorchModelRunner(self.model, self.pool, self.buffers, self.sampler, page_tokens, adapter_of, self.runs_ahead)
+
+
+def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts: Parts | None = None) -> LoadedModel:
+    """Loads weights, sizes the pool and warms up; takes as long as reading the weights does.
+
+    Raises:
+        DataPlaneError, ModelError, PoolTooSmallError: it cannot be served; the message says why.
+    """
+    device = _device(config)
+    model_config = load_model_config(config.model_dir)
+    max_model_len = _max_model_len(config, model_config)
+    dtype_name = model_config.dtype if config.dtype == "auto" else config.dtype
+    dtype = getattr(torch, dtype_name)
+    geometry = model_config.geometry(dtype_name, config.max_lora_rank, config.model_name, fingerprint(config.model_dir))
+    weights = _weights(config, model_config, dtype, device, progress)
+    lora = _lora_ops(config, model_config, dtype, device, parts or Parts())
+    attention = _attention(model_config, geometry.page_tokens, dtype, device)
+    decoder = Decoder(model_config, weights, lora, attention)
+    num_pages = choose_num_pages(config, geometry, max_model_len, decoder, device)
+    max_model_len = fit_max_model_len(config, geometry, max_model_len, num_pages)
+    warn_of_large_adapters(geometry, num_pages)
+    limits = _limits(config, model_config, geometry, max_model_len, num_pages)
+    pool = _allocate_pool(geometry, num_pages, device)
+    buffers = StepBuffers(config.token_budget, geometry.page_tokens, num_pages, device)
+    sampler = Sampler(limits.vocab_size, limits.eos_token_ids, limits.max_num_seqs, device)
+    runs_ahead = config.overlap and device.type == "cuda"
+    _log.info(
+        "model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype_name
+    )
+    return LoadedModel(model_config, geometry, limits, device, pool, decoder, decoder, buffers, sampler, runs_ahead)
+
+
+def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device) -> torch.Tensor:
+    """Zeroed: torch may read, and then ignore, what nobody has written; a NaN there would not be ignored."""
+    shape = (geometry.num_layers, num_pages + 1, geometry.page_elems)
+    try:
+        return torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
+    except RuntimeError as error:  # what torch raises for memory that it cannot have, on any device
+        raise DataPlaneError(
+            f"a pool of {num_pages} pages takes {num_pages * geometry.page_bytes} bytes on {device}, which cannot be had; "
+            "lower --num-pages or --pool-bytes"
+        ) from error
+
+
+def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, parts: Parts) -> LoraOps:
+    groups = lora_groups(model)
+    limits = LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank)
+    if parts.lora_ops is not None:
+        return parts.lora_ops(groups, dtype, device, limits)
+    reason = why_torch(groups, dtype, device)
+    if device.type == "cuda" and reason is not None:
+        _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
+    return lora_ops(groups, dtype, device, limits)
+
+
+def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    windows = frozenset(model.layer_windows)
+    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, page_tokens, windows)
+    reason = why_torch_attention(shape, dtype, device)
+    if device.type == "cuda" and reason is not None:
+        _log.warning("attention runs on plain torch, which is slow: %s", reason)
+    return attention_backend(shape, dtype, device)
+
+
+def _device(config: DataPlaneConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DataPlaneError("--device cuda, but torch finds no CUDA device; use --device cpu or check the driver")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _max_model_len(config: DataPlaneConfig, model: ModelConfig) -> int:
+    longest = model.max_position_embeddings
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise DataPlaneError(f"--max-model-len {config.max_model_len} is over the model's max_position_embeddings {longest}")
+    return config.max_model_len
+
+
+def _weights(
+    config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> ModelWeights:
+    if config.load_format is LoadFormat.DUMMY:
+        return make_dummy_weights(model, dtype, device)
+    return load_weights(config.model_dir, model, dtype, device, progress)
+
+
+def _limits(
+    config: DataPlaneConfig, model: ModelConfig, geometry: BaseGeometry, max_model_len: int, num_pages: int
+) -> EngineLimits:
+    try:
+        return EngineLimits(
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            token_budget=config.token_budget,
+            num_pages=num_pages,
+            page_tokens=geometry.page_tokens,
+        )
+    except ValueError as error:
+        raise DataPlaneError(str(error)) from error
