@@ -1,10 +1,11 @@
 """How many pages the pool gets: as told, or as many as the memory holds that is free once the model has run its largest step.
 
-Knows the model as something that can be run, and pages only by their size.
+Knows pages by their size, and what steps need as a number of bytes that somebody measures.
 """
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,15 +13,14 @@ import torch
 from adapter_store.geometry import BaseGeometry
 from adapter_store.packing import pack_rows
 from dataplane.config import DataPlaneConfig
-from dataplane.model.step_inputs import StepInputs
-from dataplane.runner.model_runner import ForwardModel
-from dataplane.runner.sampling import SamplingRow, sample
-from protos.planes import EngineSampling
 
 _log = logging.getLogger(__name__)
 
 # Of the memory that is available on a machine without a GPU. Pages cost nothing there until they are first written.
 CPU_MEMORY_SHARE = 0.25
+
+# The pool's last page belongs to nobody: the padding of a step is written there.
+NUM_PADDING_PAGES = 1
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,9 +30,15 @@ class PoolTooSmallError(Exception):
 
 
 def choose_num_pages(
-    config: DataPlaneConfig, geometry: BaseGeometry, max_model_len: int, model: ForwardModel, device: torch.device
+    config: DataPlaneConfig,
+    geometry: BaseGeometry,
+    max_model_len: int,
+    device: torch.device,
+    measure_step_bytes: Callable[[], int],
 ) -> int:
-    """The number of pages.
+    """The number of pages that requests and adapters share. The pool is allocated with one more, for what padding writes.
+
+    measure_step_bytes: what the largest step takes of the device beside weights and pool; called only if that decides.
 
     Raises:
         PoolTooSmallError: there is no room for a single request of any length.
@@ -42,14 +48,14 @@ def choose_num_pages(
     if config.pool_bytes is not None:
         size_bytes, source = config.pool_bytes, "--pool-bytes"
     elif device.type == "cuda":
-        size_bytes, source = _free_bytes_cuda(config, geometry, max_model_len, model, device), "free GPU memory"
+        size_bytes, source = _free_bytes_cuda(config, device, measure_step_bytes), "free GPU memory"
     else:
         size_bytes, source = int(_free_bytes_cpu() * CPU_MEMORY_SHARE), "free memory"
-    num_pages = size_bytes // geometry.page_bytes
+    num_pages = size_bytes // geometry.page_bytes - NUM_PADDING_PAGES
     if num_pages < 1:
         raise PoolTooSmallError(
-            f"{source} gives the pool {max(0, size_bytes)} bytes; one page of {geometry.page_tokens} tokens takes "
-            f"{geometry.page_bytes}. Free memory, or serve a smaller model"
+            f"{source} gives the pool {max(0, size_bytes)} bytes; a page of {geometry.page_tokens} tokens takes "
+            f"{geometry.page_bytes}, and at least {1 + NUM_PADDING_PAGES} are needed. Free memory, or serve a smaller model"
         )
     # More than every request at its longest, and as much again for adapters, would never be used.
     return min(num_pages, 2 * config.max_num_seqs * geometry.num_kv_pages(max_model_len))
@@ -86,41 +92,26 @@ def warn_of_large_adapters(geometry: BaseGeometry, num_pages: int) -> None:
         )
 
 
-def _free_bytes_cuda(
-    config: DataPlaneConfig, geometry: BaseGeometry, max_model_len: int, model: ForwardModel, device: torch.device
-) -> int:
-    peak = _measure_step_bytes(config, geometry, max_model_len, model, device)
+def _free_bytes_cuda(config: DataPlaneConfig, device: torch.device, measure_step_bytes: Callable[[], int]) -> int:
+    """Of the memory that is free once a step has run: kernels are loaded then, and libraries have their workspaces."""
+    try:
+        step_bytes = measure_step_bytes()
+    except torch.OutOfMemoryError as error:
+        raise PoolTooSmallError(
+            f"a step of {config.token_budget} tokens (--token-budget) of {config.max_num_seqs} requests (--max-num-seqs) does "
+            f"not fit beside the weights; lower one of the two, or serve a smaller model: {error}"
+        ) from error
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - peak - (1 - config.gpu_memory_utilization) * total)
-
-
-@torch.inference_mode()
-def _measure_step_bytes(
-    config: DataPlaneConfig, geometry: BaseGeometry, max_model_len: int, model: ForwardModel, device: torch.device
-) -> int:
-    """Runs the largest step there can be, over a pool of one page that stands for all, and returns the most it allocated."""
-    num_tokens = min(config.token_budget, max_model_len)
-    pool = torch.zeros((geometry.num_layers, 1, geometry.page_elems), dtype=getattr(torch, geometry.dtype), device=device)
-    num_requests = max(1, config.token_budget // num_tokens)
-    steps = torch.arange(num_tokens, device=device).repeat(num_requests)
-    inputs = StepInputs(
-        token_ids=torch.zeros_like(steps),
-        positions=steps + (max_model_len - num_tokens),
-        slots=steps % geometry.page_tokens,
-        query_starts=tuple(range(0, num_requests * num_tokens + 1, num_tokens)),
-        context_lens=(max_model_len,) * num_requests,
-        page_tables=((0,) * geometry.num_kv_pages(max_model_len),) * num_requests,
-        logits_rows=torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device),
-        adapter_index=(-1,) * len(steps),
-        adapters=(),
+    size_bytes = int(free - step_bytes - (1 - config.gpu_memory_utilization) * total)
+    _log.info(
+        "GPU memory total_mib=%d free_mib=%d steps_mib=%d pool_mib=%d",
+        total >> 20,
+        free >> 20,
+        step_bytes >> 20,
+        size_bytes >> 20,
     )
-    row = SamplingRow(EngineSampling(max_tokens=1, temperature=1.0, top_p=0.9), (0,), 1)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    sample(model.forward(inputs, pool), [row] * config.max_num_seqs, ())
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return size_bytes
 
 
 def _free_bytes_cpu() -> int:
