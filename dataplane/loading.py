@@ -18,6 +18,7 @@ from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import ModelConfig, load_model_config
 from dataplane.model.decoder import Decoder, lora_groups
 from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
+from dataplane.runner.largest_step import StepLimits, measure_step_bytes
 from dataplane.runner.model_runner import ForwardModel, TorchModelRunner
 from dataplane.runner.sampling import Sampler
 from dataplane.runner.step_buffers import StepBuffers
@@ -77,13 +78,16 @@ def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts:
     lora = _lora_ops(config, model_config, dtype, device, parts or Parts())
     attention = _attention(model_config, geometry.page_tokens, dtype, device)
     decoder = Decoder(model_config, weights, lora, attention)
-    num_pages = choose_num_pages(config, geometry, max_model_len, decoder, device)
+    sampler = Sampler(model_config.vocab_size, model_config.eos_token_ids, config.max_num_seqs, device)
+    step_limits = StepLimits(config.token_budget, config.max_num_seqs, max_model_len)
+    num_pages = choose_num_pages(
+        config, geometry, max_model_len, device, lambda: measure_step_bytes(decoder, sampler, geometry, step_limits, device)
+    )
     max_model_len = fit_max_model_len(config, geometry, max_model_len, num_pages)
     warn_of_large_adapters(geometry, num_pages)
     limits = _limits(config, model_config, geometry, max_model_len, num_pages)
     pool = _allocate_pool(geometry, num_pages, device)
     buffers = StepBuffers(config.token_budget, geometry.page_tokens, num_pages, device)
-    sampler = Sampler(limits.vocab_size, limits.eos_token_ids, limits.max_num_seqs, device)
     runs_ahead = config.overlap and device.type == "cuda"
     _log.info(
         "model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype_name
