@@ -16,6 +16,7 @@ class ModelLimits:
     max_model_len: int
     max_token_chars: int
     can_chat: bool
+    can_read_text: bool = True
 
     @property
     def max_prompt_chars(self) -> int:

@@ -118,6 +118,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             max_model_len=model.max_model_len,
             max_token_chars=self._tokenizer.max_token_chars,
             can_chat=self._tokenizer.can_chat,
+            can_read_text=self._tokenizer.can_read_text,
         )
 
     async def _tokenize(self, params: GenerateParams) -> tuple[int, ...]:

@@ -28,6 +28,8 @@ MAX_CHOICES = 16
 # Listed at once; a client that has this many wrong has read enough.
 MAX_VIOLATIONS = 64
 
+_NO_TOKENIZER = "is set, but this model has no tokenizer (its directory has no tokenizer.json)"
+
 _PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]*")
 _SHOWN_CHARS = 60
 
@@ -101,7 +103,7 @@ def parse_generate(request: pb.GenerateRequest, limits: ModelLimits) -> Generate
         ),
         presence_penalty=checks.number("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=checks.number("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
-        stop=_parse_stops(checks, sampling.stop, output),
+        stop=_parse_stops(checks, sampling.stop, output, limits),
         stop_token_ids=checks.token_ids(
             "sampling.stop_token_ids", sampling.stop_token_ids[:MAX_STOP_TOKEN_IDS], limits.vocab_size
         ),
@@ -209,11 +211,17 @@ def _parse_prompt(checks: _Checks, request: pb.GenerateRequest, limits: ModelLim
         return _parse_chat(checks, request.chat, limits)
     checks.require(kind is not None, "input", "is not set; give one of text, token_ids or chat")
     checks.require(kind is None or request.text != "", "text", "is empty; a prompt needs at least 1 character")
-    _check_text_length(checks, "text", len(request.text), limits)
+    if limits.can_read_text:
+        _check_text_length(checks, "text", len(request.text), limits)
+    else:
+        checks.require(kind is None, "text", f"{_NO_TOKENIZER}; use token_ids")
     return TextPrompt(request.text)
 
 
 def _parse_chat(checks: _Checks, chat: pb.ChatMessages, limits: ModelLimits) -> ChatPrompt:
+    if not limits.can_read_text:
+        checks.require(False, "chat", f"{_NO_TOKENIZER}; use token_ids")
+        return ChatPrompt((), False)
     checks.require(limits.can_chat, "chat", "is set, but this model's tokenizer has no chat template; use text or token_ids")
     num_messages = len(chat.messages)
     checks.require(num_messages > 0, "chat.messages", "is empty; a conversation needs at least 1 message")
@@ -259,7 +267,8 @@ def _check_lengths(checks: _Checks, max_tokens: int | None, min_tokens: int, lim
         )
 
 
-def _parse_stops(checks: _Checks, stops: Sequence[str], output: OutputOptions) -> tuple[str, ...]:
+def _parse_stops(checks: _Checks, stops: Sequence[str], output: OutputOptions, limits: ModelLimits) -> tuple[str, ...]:
+    checks.require(limits.can_read_text or not stops, "sampling.stop", f"{_NO_TOKENIZER}; use stop_token_ids")
     checks.require(len(stops) <= MAX_STOPS, "sampling.stop", f"has {len(stops)} texts; at most {MAX_STOPS} are allowed")
     kept = tuple(stops[:MAX_STOPS])
     for index, stop in enumerate(kept):

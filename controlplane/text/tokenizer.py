@@ -5,6 +5,7 @@ Reads tokenizer.json, tokenizer_config.json and the chat template of a model dir
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ import tokenizers
 
 from controlplane.text.chat_template import ChatTemplate
 from controlplane.text.detokenizer import Detokenizer, Vocabulary
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+# A model directory with one of these, and yet without a tokenizer.json, has a tokenizer that cannot be used here.
+_OTHER_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # Longer texts are tokenized in a thread, so that they hold up nobody else's tokens.
 _INLINE_CHARS = 2048
@@ -36,14 +43,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model_dir: Path) -> "Tokenizer":
-        """Reads the tokenizer of a model directory.
+        """Reads the tokenizer of a model directory; one that has none is served by token ids alone.
 
         Raises:
             TokenizerError: a file is missing, malformed, or asks for something that is not supported.
         """
-        path = model_dir / "tokenizer.json"
+        path = model_dir / TOKENIZER_FILE
         if not path.is_file():
-            raise TokenizerError(f"{path} does not exist; a model directory needs a tokenizer.json")
+            others = [name for name in _OTHER_TOKENIZER_FILES if (model_dir / name).exists()]
+            if others:
+                raise TokenizerError(
+                    f"{path} does not exist, only {', '.join(others)}; convert the tokenizer to {TOKENIZER_FILE}"
+                )
+            log.warning("no tokenizer in %s: prompts are taken as token ids, and no text is made of what is generated", model_dir)
+            return cls.of_ids_alone()
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -60,6 +73,17 @@ class Tokenizer:
         except ValueError as error:
             raise TokenizerError(f"{model_dir}: {error}") from error
         return cls(tokenizer, vocabulary, chat_template)
+
+    @classmethod
+    def of_ids_alone(cls) -> "Tokenizer":
+        """For a model without a tokenizer: no text can be read, and the text of every token is empty."""
+        empty = tokenizers.Tokenizer(tokenizers.models.BPE())
+        return cls(empty, Vocabulary(empty, ["ByteLevel"]), None)
+
+    @property
+    def can_read_text(self) -> bool:
+        """Whether there is a vocabulary at all."""
+        return self._tokenizer.get_vocab_size() > 0
 
     @property
     def can_chat(self) -> bool:

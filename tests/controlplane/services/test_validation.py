@@ -1,6 +1,7 @@
 """Every field of GenerateRequest: its limits, and that each violation names field, value and limit."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from google.protobuf import duration_pb2
@@ -184,11 +185,23 @@ def test_what_lies_past_a_limit_is_not_looked_at() -> None:
 
 
 def test_chat_without_a_template_is_refused() -> None:
-    limits = ModelLimits(vocab_size=100, max_model_len=32, max_token_chars=8, can_chat=False)
+    limits = replace(LIMITS, can_chat=False)
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
     assert "no chat template" in violations(request(chat=chat), limits)["chat"]
     params = parse_generate(request(chat=chat), LIMITS)
     assert params.prompt == ChatPrompt(({"role": "user", "content": "hi"},), add_generation_prompt=True)
+
+
+def test_without_a_tokenizer_everything_that_needs_text_is_refused() -> None:
+    limits = replace(LIMITS, can_chat=False, can_read_text=False)
+    ids = pb.TokenIds(ids=[1, 2])
+    assert parse_generate(request(token_ids=ids), limits).prompt == TokenPrompt((1, 2))
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
+    found = violations(request(chat=chat, sampling=pb.SamplingParams(stop=["x"])), limits)
+    assert found.keys() == {"chat", "sampling.stop"}
+    found |= violations(request(text="hello"), limits)
+    assert found.keys() == {"chat", "sampling.stop", "text"}
+    assert all("no tokenizer" in description for description in found.values())
 
 
 def test_a_top_k_of_the_whole_vocabulary_keeps_all() -> None:

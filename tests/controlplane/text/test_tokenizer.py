@@ -152,16 +152,28 @@ def test_a_template_that_is_not_jinja_is_refused_at_load(tmp_path: Path) -> None
         Tokenizer.load(tmp_path)
 
 
-def test_a_missing_or_malformed_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
+def test_a_tokenizer_of_another_kind_or_a_malformed_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist, only tokenizer\.model"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
+def test_a_model_without_a_tokenizer_has_ids_and_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer.load(tmp_path)
+    assert "no tokenizer in" in caplog.text
+    assert not tokenizer.can_read_text and not tokenizer.can_chat
+    for skip_special_tokens in (True, False):
+        detokenizer = tokenizer.detokenizer(skip_special_tokens)
+        assert detokenizer.extend([0, 31999, 5]) + detokenizer.flush() == ""
+    assert tokenizer.token_text(17) == ""
+
+
 def test_no_token_is_longer_than_the_bound_that_prompts_are_checked_with(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, {}, with_post_processor=True)
     tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.can_read_text
     assert tokenizer.max_token_chars == len("<|user|>")
     assert tokenizer.token_text(1) == "</s>"
