@@ -4,11 +4,12 @@ CuPy's own launch cannot ask for that, so this calls the driver. Knows nothing o
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from kernels.cuda_driver import check_cuda, cuda_driver
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 _VALUE_BYTES = 64
@@ -60,17 +61,17 @@ class CudaLauncher:
         self._config.block[:] = (num_threads, 1, 1)
         self._config.grid[:] = (1, 1, 1)
         self._config_pointer = ctypes.byref(self._config)
-        self._launch = _driver().cuLaunchKernelEx
+        self._launch = cuda_driver().cuLaunchKernelEx
         self._can_overlap = torch.cuda.get_device_capability() >= (9, 0)
         self._allow_shared_memory()
 
     def blocks_per_multiprocessor(self) -> int:
         """How many thread blocks of this kernel one multiprocessor holds at once."""
         found = ctypes.c_int()
-        result = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        result = cuda_driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
             ctypes.byref(found), self._function, self._num_threads, ctypes.c_size_t(self._shared_bytes)
         )
-        _check(result, "cuOccupancyMaxActiveBlocksPerMultiprocessor")
+        check_cuda(result, "cuOccupancyMaxActiveBlocksPerMultiprocessor")
         return found.value
 
     def launch(self, num_blocks: int, arguments: Sequence[int], *, may_overlap: bool) -> None:
@@ -83,25 +84,14 @@ class CudaLauncher:
         config.num_attributes = 1 if may_overlap and self._can_overlap else 0
         result = self._launch(self._config_pointer, self._function, self._pointers, None)
         if result:
-            _check(result, "cuLaunchKernelEx")
+            check_cuda(result, "cuLaunchKernelEx")
 
     def _allow_shared_memory(self) -> None:
         # The limit belongs to the kernel, which others may launch with more: it is only ever raised.
         held = ctypes.c_int()
-        _check(_driver().cuFuncGetAttribute(ctypes.byref(held), _MAX_DYNAMIC_SHARED, self._function), "cuFuncGetAttribute")
+        check_cuda(
+            cuda_driver().cuFuncGetAttribute(ctypes.byref(held), _MAX_DYNAMIC_SHARED, self._function), "cuFuncGetAttribute"
+        )
         if held.value < self._shared_bytes:
-            result = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, self._shared_bytes)
-            _check(result, f"cuFuncSetAttribute for {self._shared_bytes} bytes of shared memory")
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(result: int, call: str) -> None:
-    if result == 0:
-        return
-    name = ctypes.c_char_p()
-    _driver().cuGetErrorName(result, ctypes.byref(name))
-    raise RuntimeError(f"{call} failed: {(name.value or b'unknown error').decode()} ({result})")
+            result = cuda_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, self._shared_bytes)
+            check_cuda(result, f"cuFuncSetAttribute for {self._shared_bytes} bytes of shared memory")
