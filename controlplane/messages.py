@@ -134,6 +134,7 @@ class DataPlaneLoad:
     adapters: tuple[ResidentAdapter, ...] = ()
     num_steps: int = 0
     last_step_s: float = 0.0
+    total_step_s: float = 0.0
     num_preemptions: int = 0
 
 

@@ -25,6 +25,7 @@ def data_plane_load(address: str, description: DataPlaneDescription | None, data
         adapters=adapters,
         num_steps=data_plane.timing.num_steps,
         last_step_s=data_plane.last_step_s,
+        total_step_s=data_plane.total_step_s,
         num_preemptions=data_plane.num_preemptions,
     )
 

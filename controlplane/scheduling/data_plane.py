@@ -47,6 +47,7 @@ class DataPlane:
         self.pool = PoolCounts(free_pages=description.num_pages)
         self.timing = StepTiming()
         self.last_step_s = 0.0  # reports between steps have no duration
+        self.total_step_s = 0.0
         self.num_preemptions = 0
         self.is_starved = False
         self.held_until = 0.0  # nobody is admitted before, see hold()
@@ -123,6 +124,7 @@ class DataPlane:
         self.ledger.applied(report.applied_update)
         self.pool, self.timing = report.pool, report.timing
         self.last_step_s = report.timing.duration_s or self.last_step_s
+        self.total_step_s += report.timing.duration_s
         self.is_starved = bool(report.starved) and report.applied_update >= self._last_abort_sequence
         for event in report.adapter_events:
             self._take_adapter_event(event)

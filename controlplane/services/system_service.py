@@ -91,6 +91,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
             num_steps=plane.num_steps,
             last_step_time=duration_from_seconds(plane.last_step_s),
             num_preemptions=plane.num_preemptions,
+            step_time=duration_from_seconds(plane.total_step_s),
         )
 
     def _resident(self, adapter: ResidentAdapter) -> pb.ResidentAdapter:

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -516,6 +517,16 @@ def test_server_info_and_load_describe_the_data_plane(play: Callable[..., None])
         assert plane.connected
         assert plane.pool.num_pages == 64
         assert plane.pool.kv_pages + plane.pool.adapter_pages + plane.pool.free_pages == 64
+
+    play(scenario)
+
+
+def test_load_adds_up_the_time_of_all_steps(play: Callable[..., None]) -> None:
+    async def scenario(client: Client) -> None:
+        await client.generate(text="x", sampling=sampling(max_tokens=8))
+        (plane,) = (await client.system.GetLoad(system_pb2.GetLoadRequest())).data_planes
+        assert plane.num_steps >= 8
+        assert plane.step_time.ToTimedelta() > plane.last_step_time.ToTimedelta() > timedelta()
 
     play(scenario)
 

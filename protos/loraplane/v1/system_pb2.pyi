@@ -239,6 +239,7 @@ class DataPlaneLoad(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     LAST_STEP_TIME_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Where it listens."""
     connected: _builtins.bool
@@ -261,6 +262,10 @@ class DataPlaneLoad(_message.Message):
     def last_step_time(self) -> _duration_pb2.Duration:
         """Duration of its latest step."""
 
+    @_builtins.property
+    def step_time(self) -> _duration_pb2.Duration:
+        """Time spent in steps since the control plane connected; its growth over a second is how busy the engine was."""
+
     def __init__(
         self,
         *,
@@ -272,10 +277,11 @@ class DataPlaneLoad(_message.Message):
         num_steps: _builtins.int = ...,
         last_step_time: _duration_pb2.Duration | None = ...,
         num_preemptions: _builtins.int = ...,
+        step_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_step_time", b"last_step_time", "pool", b"pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_step_time", b"last_step_time", "pool", b"pool", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "connected", b"connected", "last_step_time", b"last_step_time", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "connected", b"connected", "last_step_time", b"last_step_time", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "pool", b"pool", "step_time", b"step_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
