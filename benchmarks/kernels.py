@@ -18,7 +18,7 @@ if not __package__:
     sys.exit("run it as: python -m benchmarks.kernels")
 
 from benchmarks.result_file import RESULTS, write_result
-from kernels.lora import LoraAdapter, LoraRows, LoraTarget
+from kernels.lora import LoraAdapter, LoraLaunches, LoraRows, LoraTarget
 from kernels.lora_cuda import CudaLoraOps
 from kernels.plan_layout import LoraLimits
 
@@ -65,6 +65,11 @@ class Row:
         """Which adapter each token has."""
         per_adapter = self.num_tokens // len(self.ranks)
         return [t // per_adapter if self.is_prefill else t % len(self.ranks) for t in range(self.num_tokens)]
+
+    @property
+    def launches(self) -> LoraLaunches:
+        """What may be captured for such a step."""
+        return LoraLaunches.AS_NEEDED if self.is_prefill else LoraLaunches.DECODE
 
     @property
     def num_bytes(self) -> int:
@@ -156,7 +161,7 @@ def time_ours(row: Row, weights: Weights) -> tuple[Times, float, float]:
     limits = LoraLimits(max_tokens=max(256, row.num_tokens), max_requests=256, max_rank=max(row.ranks))
     ops = CudaLoraOps(row.groups, DTYPE, torch.device("cuda"), limits)
     index = row.adapter_index
-    plan = ops.plan(index, weights.adapters, decode=not row.is_prefill)
+    plan = ops.plan(index, weights.adapters, row.launches)
 
     def step() -> None:
         ops.begin(plan)
@@ -172,7 +177,7 @@ def time_ours(row: Row, weights: Weights) -> tuple[Times, float, float]:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for i in range(20):  # in turns, as the plan of an unchanged batch costs nothing
-        ops.plan(index if i % 2 else index[::-1], weights.adapters, decode=not row.is_prefill)
+        ops.plan(index if i % 2 else index[::-1], weights.adapters, row.launches)
     return times, (time.perf_counter() - start) * 50, launch_ms
 
 

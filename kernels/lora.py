@@ -7,8 +7,13 @@ requests, adapters' names or how pages are allocated: it sees rows of the pool.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+Indices = Sequence[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,18 @@ class LoraTarget:
     out_start: int
 
 
+class LoraLaunches(Enum):
+    """Which kernels a plan has launched for each call of add().
+
+    DECODE and MIXED are the same for every batch, so that a captured graph of begin() and add() computes, at each replay, the
+    plan of that kind that was made last.
+    """
+
+    AS_NEEDED = "those that the step has work for"
+    DECODE = "MBGMV, for steps of few tokens per adapter"
+    MIXED = "MBGMV and MBGMM, for any step"
+
+
 class LoraPlan(ABC):
     """What a backend derived from one step's tokens and adapters; built once a step, used by every layer and module."""
 
@@ -51,17 +68,26 @@ class LoraPlan(ABC):
     def is_empty(self) -> bool:
         """Whether no token of the step has an adapter, so that the base-only path may be taken."""
 
+    @abstractmethod
+    def changes(self, targets: Sequence[LoraTarget]) -> bool:
+        """Whether any token's adapter adds anything to the targets of one input; if not, their add() may be left out."""
+
 
 class LoraOps(ABC):
     """Adds the adapter part of a linear module in place, for a batch in which every token may have another adapter."""
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether plans other than AS_NEEDED may be captured in CUDA graphs."""
+        return False
+
     @abstractmethod
-    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool = False) -> LoraPlan:
+    def plan(
+        self, adapter_index: Indices, adapters: Sequence[LoraAdapter], launches: LoraLaunches = LoraLaunches.AS_NEEDED
+    ) -> LoraPlan:
         """Groups a step's tokens by adapter. A plan is good until the next one is made.
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
-        decode: launch the same for every batch, so that a captured graph of begin() and add() computes, at each replay, the
-            decode plan that was made last. For steps of few tokens per adapter.
         """
 
     def begin(self, plan: LoraPlan) -> None:  # noqa: B027  (a backend may have nothing to do)
@@ -76,7 +102,7 @@ class LoraOps(ABC):
         Semantics: y[t, o:o+n] += scaling * (x[t] @ A[adapter[t]].T) @ Bt[adapter[t]], nothing for index -1, sums in fp32
             (S-LoRA §5: shrink, then expand).
 
-        y: [num_tokens, out_total] dtype of the pool, written in place.
-        x: [num_tokens, in_features] dtype of the pool.
+        y: [num_rows, out_total] dtype of the pool, written in place. Rows past the plan's tokens are padding, left alone.
+        x: [num_rows, in_features] dtype of the pool.
         layer_pool: [num_pages * page_elems] one layer of the pool, flat.
         """

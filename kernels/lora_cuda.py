@@ -3,12 +3,14 @@
 Owns the device buffers of the step plan; knows nothing of requests or pages.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from kernels.lora import LoraAdapter, LoraOps, LoraPlan, LoraTarget
+from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraTarget
 from kernels.lora_kernels import LoraKernels
 from kernels.plan_layout import (
     EXPAND_TASK_BYTES,
@@ -17,6 +19,7 @@ from kernels.plan_layout import (
     MATRIX_SHRINK_TASK_BYTES,
     SHRINK_TASK_BYTES,
     SPAN_INTS,
+    Ints,
     LoraLimits,
     PlanCapacity,
     WantedTasks,
@@ -35,12 +38,14 @@ _STEPS_BEFORE_CLEARING = 1 << 18
 class CudaLoraPlan(LoraPlan):
     """One step's plan, which lies in the buffers of the ops that made it until the next one is made.
 
+    group_of: which input's targets begin with that module.
     num_launches: since begin(). MBGMV marks its products with it, to tell them from those of the launches before.
     checked: groups whose tensors were looked at.
     """
 
     summary: PlanSummary
-    decode: bool
+    launches: LoraLaunches
+    group_of: Mapping[str, int]
     has_begun: bool = False
     num_launches: int = 0
     checked: set[int] = field(default_factory=set)
@@ -50,22 +55,27 @@ class CudaLoraPlan(LoraPlan):
         """Whether no token of the step has an adapter."""
         return not any(self.summary.has_vector) and not any(self.summary.has_matrix)
 
+    def changes(self, targets: Sequence[LoraTarget]) -> bool:
+        """Whether any token's adapter adds anything to the targets of one input."""
+        group = self.group_of[targets[0].module]
+        return self.summary.has_vector[group] or self.summary.has_matrix[group]
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What a plan is made of."""
 
-    adapter_index: tuple[int, ...]
+    adapter_index: Ints
     adapters: tuple[LoraAdapter, ...]
-    decode: bool
+    launches: LoraLaunches
 
     def is_same(self, other: "_Step") -> bool:
         """Whether the plans would be the same. Adapters are the same only if they are one object."""
         return (
-            self.decode == other.decode
-            and self.adapter_index == other.adapter_index
+            self.launches is other.launches
             and len(self.adapters) == len(other.adapters)
-            and all(mine is its for mine, its in zip(self.adapters, other.adapters, strict=True))
+            and all(map(operator.is_, self.adapters, other.adapters))
+            and np.array_equal(self.adapter_index, other.adapter_index)
         )
 
 
@@ -92,9 +102,9 @@ class _Buffers:
 class CudaLoraOps(LoraOps):
     """Launches for one model's inputs: `groups` are the targets of q, k and v, of o, of gate and up, of down.
 
-    Launches can be captured: plan(decode=True), then begin() and add() for every input within a CUDA graph. A replay computes
-    the plan that plan(decode=True) uploaded last. Plans, begins and adds belong to one stream: two steps side by side would
-    overwrite each other's products.
+    Launches can be captured: a plan that is not AS_NEEDED, then begin() and add() for every input within CUDA graphs. A replay
+    computes the plan of that kind that was uploaded last. Plans, begins and adds belong to one stream: two steps side by side
+    would overwrite each other's products.
     """
 
     def __init__(
@@ -134,26 +144,32 @@ class CudaLoraOps(LoraOps):
         self._shrink_arguments = (matrix_shrink, rank_rows, token_rows, products, partials, counters)
         self._expand_arguments = (matrix_expand, token_rows, products)
 
-    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool = False) -> CudaLoraPlan:
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether plans other than AS_NEEDED may be captured in CUDA graphs."""
+        return True
+
+    def plan(
+        self, adapter_index: Indices, adapters: Sequence[LoraAdapter], launches: LoraLaunches = LoraLaunches.AS_NEEDED
+    ) -> CudaLoraPlan:
         """Writes a step's plan and starts its copy to the device, behind the step before on the current stream.
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
-        decode: MBGMV alone, launched for every input, so that one graph serves every such plan.
         """
         self._num_steps += 1
         if self._num_steps % _STEPS_BEFORE_CLEARING == 0:
             self._buffers.parts.zero_()
-        wanted = _Step(tuple(adapter_index), tuple(adapters), decode)
+        wanted = _Step(np.array(adapter_index, dtype=np.int32), tuple(adapters), launches)
         if self._uploaded is None or not self._uploaded[0].is_same(wanted):
             self._uploaded = wanted, self._upload(wanted)
-        return CudaLoraPlan(self._uploaded[1], decode)
+        return CudaLoraPlan(self._uploaded[1], launches, self._group_of)
 
     def _upload(self, step: _Step) -> PlanSummary:
         turn = self._num_uploads % 2
         self._num_uploads += 1
         self._copied[turn].synchronize()  # of the upload before the last one: long done
         staging = self._stagings[turn]
-        summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, decode=step.decode)
+        summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, step.launches)
         self._buffers.plan[: summary.used_ints].copy_(staging[: summary.used_ints], non_blocking=True)
         self._copied[turn].record()
         return summary
@@ -171,8 +187,8 @@ class CudaLoraOps(LoraOps):
 
         Semantics: y[t, o:o+n] += scaling * (x[t] @ A[adapter[t]].T) @ Bt[adapter[t]], nothing for index -1, sums in fp32.
 
-        y: [num_tokens, out_total] dtype of the pool, written in place.
-        x: [num_tokens, in_features] dtype of the pool.
+        y: [num_rows, out_total] dtype of the pool, written in place. Rows past the plan's tokens are padding, left alone.
+        x: [num_rows, in_features] dtype of the pool.
         layer_pool: [num_pages * page_elems] one layer of the pool, flat.
         """
         assert isinstance(plan, CudaLoraPlan), f"plan of another backend: {type(plan).__name__}"
@@ -184,12 +200,12 @@ class CudaLoraOps(LoraOps):
             plan.checked.add(group)
         pool, inputs, outputs = layer_pool.data_ptr(), (x.data_ptr(), x.stride(0)), (y.data_ptr(), y.stride(0))
         # The first launch of a step waits for the tasks; whatever comes later may read them before it waits for anything.
-        if plan.decode or plan.summary.has_vector[group]:
+        if plan.launches is not LoraLaunches.AS_NEEDED or plan.summary.has_vector[group]:
             plan.num_launches += 1
             assert plan.num_launches <= _MAX_LAUNCHES, f"more than {_MAX_LAUNCHES} launches in one step"
             arguments = (pool, *inputs, *outputs, self._vector_spans[group], *self._vector_arguments, plan.num_launches)
             self._kernels.mbgmv(arguments, may_overlap=plan.num_launches > 1)
-        if plan.summary.has_matrix[group]:
+        if plan.launches is LoraLaunches.MIXED or plan.summary.has_matrix[group]:
             span = self._matrix_spans[group]
             plan.num_launches += 1
             self._kernels.mbgmm_shrink((pool, *inputs, span, *self._shrink_arguments), may_overlap=plan.num_launches > 1)
@@ -200,8 +216,8 @@ class CudaLoraOps(LoraOps):
         targets = self._groups[group]
         num_tokens, in_features = plan.summary.num_tokens, targets[0].in_features
         out_total = max(target.out_start + target.out_features for target in targets)
-        assert x.shape == (num_tokens, in_features), f"x is {tuple(x.shape)}, not {(num_tokens, in_features)}"
-        assert y.shape[0] == num_tokens and y.shape[1] >= out_total, f"y is {tuple(y.shape)}, not {(num_tokens, out_total)}"
+        assert len(x) >= num_tokens and x.shape[1] == in_features, f"x is {tuple(x.shape)}, not {(num_tokens, in_features)}"
+        assert len(y) == len(x) and y.shape[1] >= out_total, f"y is {tuple(y.shape)}, not {(len(x), out_total)}"
         for name, tensor in (("x", x), ("y", y), ("layer_pool", layer_pool)):
             assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, the kernels are for {self._dtype}"
             assert tensor.is_cuda and tensor.data_ptr() % 16 == 0, f"{name} does not begin at 16 bytes on a CUDA device"

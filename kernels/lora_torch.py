@@ -6,9 +6,10 @@ Knows nothing about how rows are packed: it reads them where the row tables say.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from kernels.lora import LoraAdapter, LoraOps, LoraPlan, LoraRows, LoraTarget
+from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraRows, LoraTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,24 @@ class TorchLoraPlan(LoraPlan):
         """Whether no token of the step has an adapter."""
         return not self.segments
 
+    def changes(self, targets: Sequence[LoraTarget]) -> bool:
+        """Whether any token's adapter adds anything to the targets of one input."""
+        return any(target.module in segment.adapter.modules for segment in self.segments for target in targets)
+
 
 class TorchLoraOps(LoraOps):
     """Gathers each adapter's rank rows from the pool and multiplies in fp32; tokens with index -1 are never touched."""
 
-    def plan(self, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool = False) -> TorchLoraPlan:
-        """Groups a step's tokens by adapter. Nothing here can be captured in a graph, so `decode` changes nothing.
+    def plan(
+        self, adapter_index: Indices, adapters: Sequence[LoraAdapter], launches: LoraLaunches = LoraLaunches.AS_NEEDED
+    ) -> TorchLoraPlan:
+        """Groups a step's tokens by adapter. Nothing here can be captured in a graph, so `launches` changes nothing.
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
         """
         # A Python loop over tokens, once a step and not once a layer; the reference need not be faster.
         rows_of: dict[int, list[int]] = {}
-        for row, index in enumerate(adapter_index):
+        for row, index in enumerate(np.asarray(adapter_index).tolist()):
             assert -1 <= index < len(adapters), f"adapter_index[{row}] = {index}, but the step has {len(adapters)} adapters"
             if index >= 0:
                 rows_of.setdefault(index, []).append(row)
@@ -61,12 +68,12 @@ class TorchLoraOps(LoraOps):
 
         Semantics: y[t, o:o+n] += scaling * (x[t] @ A[adapter[t]].T) @ Bt[adapter[t]], nothing for index -1, sums in fp32.
 
-        y: [num_tokens, out_total] dtype of the pool, written in place.
-        x: [num_tokens, in_features] dtype of the pool.
+        y: [num_rows, out_total] dtype of the pool, written in place. Rows past the plan's tokens are padding, left alone.
+        x: [num_rows, in_features] dtype of the pool.
         layer_pool: [num_pages * page_elems] one layer of the pool, flat.
         """
         assert isinstance(plan, TorchLoraPlan), f"plan of another backend: {type(plan).__name__}"
-        assert len(x) == len(y) == plan.num_tokens, f"plan of {plan.num_tokens} tokens, x has {len(x)}, y has {len(y)}"
+        assert len(x) == len(y) >= plan.num_tokens, f"plan of {plan.num_tokens} tokens, x has {len(x)}, y has {len(y)}"
         for segment in plan.segments:
             wanted = [(t, segment.adapter.modules[t.module]) for t in targets if t.module in segment.adapter.modules]
             if not wanted:

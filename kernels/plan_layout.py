@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kernels.lora import LoraTarget
 
-# A segment of more tokens goes to MBGMM, unless the step has to be one of MBGMV alone.
+# A segment of more tokens goes to MBGMM, unless the plan is one of LoraLaunches.DECODE.
 MAX_VECTOR_TOKENS = 16
 
 TILE_TOKENS = 8

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.adapter_entries import AdapterEntries
-from kernels.lora import LoraAdapter, LoraTarget
+from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraTarget
 from kernels.plan_layout import (
     ENTRY_INTS,
     EXPAND_TOKENS,
@@ -67,10 +67,11 @@ class StepPlanner:
         self._wanted_tasks = wanted_tasks
         self._entries = AdapterEntries(self.shape.targets, limits.max_requests, limits.max_rank)
 
-    def write(self, buffer: Ints, adapter_index: Sequence[int], adapters: Sequence[LoraAdapter], *, decode: bool) -> PlanSummary:
-        """Writes the plan of a step into `buffer`, of capacity.plan_ints. decode: MBGMV alone, whatever the segments."""
+    def write(self, buffer: Ints, adapter_index: Indices, adapters: Sequence[LoraAdapter], launches: LoraLaunches) -> PlanSummary:
+        """Writes the plan of a step into `buffer`, of capacity.plan_ints. DECODE: MBGMV alone, whatever the segments."""
         shape = self.shape
         index = np.asarray(adapter_index, dtype=np.int32)
+        decode = launches is LoraLaunches.DECODE
         self._check(index, adapters, decode)
         order = np.argsort(index, kind="stable")
         num_base = int(np.count_nonzero(index < 0))

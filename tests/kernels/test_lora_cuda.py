@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.backend import lora_ops
-from kernels.lora import LoraAdapter, LoraOps, LoraPlan, LoraRows, LoraTarget
+from kernels.lora import LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraRows, LoraTarget
 from kernels.lora_torch import TorchLoraOps
 from kernels.plan_layout import LoraLimits
 
@@ -120,18 +120,18 @@ def add(ops: LoraOps, plan: LoraPlan, pool: Pool, tensors: Tensors, group: Group
     ops.add(tensors.y, tensors.x, pool.flat, plan, group)
 
 
-@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("launches", LoraLaunches)
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize(("shape", "ranks"), list(itertools.product(SHAPES, RANKS)))
-def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dtype: torch.dtype, decode: bool) -> None:
+def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dtype: torch.dtype, launches: LoraLaunches) -> None:
     groups = SHAPES[shape]
     pool = Pool(groups, RANKS[ranks], dtype)
     ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
     for name, adapter_index in BATCHES.items():
-        if decode and len(adapter_index) > LIMITS.max_requests:
+        if launches is LoraLaunches.DECODE and len(adapter_index) > LIMITS.max_requests:
             continue
         # The second round meets the products of the first one, and must not take them for its own.
-        plan = ops.plan(adapter_index, pool.adapters, decode=decode)
+        plan = ops.plan(adapter_index, pool.adapters, launches)
         ops.begin(plan)
         for _, group in itertools.product(range(2), groups):
             tensors = Tensors.random(group, len(adapter_index), dtype)
@@ -161,11 +161,21 @@ def test_base_tokens_and_absent_modules_keep_every_bit() -> None:
     assert not torch.equal(tensors.y[20:], before[20:])
 
 
-def test_one_graph_serves_every_decode_plan_bit_for_bit() -> None:
-    dtype, num_tokens = torch.bfloat16, 24
+def random_batch(chooser: random.Random, num_rows: int, num_adapters: int, launches: LoraLaunches) -> list[int]:
+    """Fewer tokens than rows; for MIXED, long runs of one adapter among them."""
+    batch: list[int] = []
+    while len(batch) < num_rows // 2:
+        length = chooser.choice([1, 1, 2, 40]) if launches is LoraLaunches.MIXED else 1
+        batch += [chooser.randrange(-1, num_adapters)] * length
+    return batch[: num_rows - 3]
+
+
+@pytest.mark.parametrize("launches", [LoraLaunches.DECODE, LoraLaunches.MIXED])
+def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(launches: LoraLaunches) -> None:
+    dtype, num_rows = torch.bfloat16, 72
     pool = Pool(LARGE, [16, 5, 64, 33, 8], dtype)
     ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
-    tensors = [Tensors.random(group, num_tokens, dtype) for group in LARGE]
+    tensors = [Tensors.random(group, num_rows, dtype) for group in LARGE]
     originals = [t.y.clone() for t in tensors]
 
     def step(plan: LoraPlan) -> None:
@@ -175,7 +185,7 @@ def test_one_graph_serves_every_decode_plan_bit_for_bit() -> None:
             add(ops, plan, pool, t, group)
             add(ops, plan, pool, t, group)
 
-    captured = ops.plan([0] * num_tokens, pool.adapters, decode=True)
+    captured = ops.plan([], [], launches)
     step(captured)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -183,16 +193,17 @@ def test_one_graph_serves_every_decode_plan_bit_for_bit() -> None:
         step(captured)
     chooser = random.Random(3)
     for num_adapters in (0, 1, 2, 5, 5):
-        adapter_index = [chooser.randrange(-1, num_adapters) for _ in range(num_tokens)]
-        step(ops.plan(adapter_index, pool.adapters, decode=True))
+        adapter_index = random_batch(chooser, num_rows, num_adapters, launches)
+        step(ops.plan(adapter_index, pool.adapters, launches))
         eager = [t.y.clone() for t in tensors]
         for t in tensors:
             t.y.fill_(torch.nan)
-        ops.plan(adapter_index, pool.adapters, decode=True)
+        ops.plan(adapter_index, pool.adapters, launches)
         for _ in range(3):  # the same plan again computes the same again
             graph.replay()
-            for t, y in zip(tensors, eager, strict=True):
+            for t, y, original in zip(tensors, eager, originals, strict=True):
                 assert torch.equal(bits(t.y), bits(y)), adapter_index
+                assert torch.equal(bits(t.y[len(adapter_index) :]), bits(original[len(adapter_index) :]))
 
 
 def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_rounding() -> None:
@@ -252,6 +263,16 @@ def test_a_plan_is_empty_exactly_when_no_token_has_anything_to_add() -> None:
     assert ops.plan([], []).is_empty
     assert ops.plan([0], [LoraAdapter({})]).is_empty
     assert not ops.plan([-1, 0], pool.adapters).is_empty
+
+
+def test_a_plan_tells_which_inputs_have_anything_added() -> None:
+    pool = Pool(SMALL, [4], torch.bfloat16)
+    only_o = LoraAdapter({"o_proj": pool.adapters[0].modules["o_proj"]})
+    ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
+    for index in ([0], [0] * 100):
+        plan = ops.plan(index, [only_o])
+        assert [plan.changes(group) for group in SMALL] == [False, True]
+    assert [ops.plan([-1], [only_o]).changes(group) for group in SMALL] == [False, False]
 
 
 def test_what_the_kernels_cannot_take_is_caught_at_the_door() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lora import LoraAdapter, LoraRows, LoraTarget
+from kernels.lora import LoraAdapter, LoraLaunches, LoraRows, LoraTarget
 from kernels.plan_layout import (
     ENTRY,
     ENTRY_INTS,
@@ -77,10 +77,10 @@ class Written:
         return [int(row) for row in self.buffer[start : start + int(piece[2])]]
 
 
-def write(adapter_index: list[int], ranks: list[list[int]], *, decode: bool) -> Written:
+def write(adapter_index: list[int], ranks: list[list[int]], launches: LoraLaunches = LoraLaunches.AS_NEEDED) -> Written:
     planner = StepPlanner(GROUPS, LIMITS, WANTED)
     buffer = np.full(planner.capacity.plan_ints, -(10**9), dtype=np.int32)
-    summary = planner.write(buffer, adapter_index, [adapter(r) for r in ranks], decode=decode)
+    summary = planner.write(buffer, adapter_index, [adapter(r) for r in ranks], launches)
     assert summary.used_ints <= planner.capacity.plan_ints
     return Written(planner, summary, buffer)
 
@@ -89,20 +89,20 @@ ranks_of_adapters = st.lists(st.lists(st.integers(0, LIMITS.max_rank), min_size=
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[list[int], list[list[int]], bool]:
+def steps(draw: st.DrawFn) -> tuple[list[int], list[list[int]], LoraLaunches]:
     ranks = draw(ranks_of_adapters)
-    decode = draw(st.booleans())
+    launches = draw(st.sampled_from(LoraLaunches))
     runs = draw(st.lists(st.tuples(st.integers(-1, len(ranks) - 1), st.integers(1, 40)), max_size=6))
     index = [number for number, length in runs for _ in range(length)]
-    most = LIMITS.max_requests if decode else LIMITS.max_tokens
-    return draw(st.permutations(index))[:most] if len(index) < 60 else index[:most], ranks, decode
+    most = LIMITS.max_requests if launches is LoraLaunches.DECODE else LIMITS.max_tokens
+    return draw(st.permutations(index))[:most] if len(index) < 60 else index[:most], ranks, launches
 
 
 @settings(max_examples=80, deadline=None)
 @given(steps())
-def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[int], list[list[int]], bool]) -> None:
-    adapter_index, ranks, decode = step
-    plan = write(adapter_index, ranks, decode=decode)
+def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[int], list[list[int]], LoraLaunches]) -> None:
+    adapter_index, ranks, launches = step
+    plan = write(adapter_index, ranks, launches)
     seen: list[int] = []
     for pieces, most in ((plan.tiles, 8), (plan.segments, LIMITS.max_tokens)):
         for piece in pieces:
@@ -113,7 +113,7 @@ def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[in
             seen += tokens
     assert sorted(seen) == [token for token, index in enumerate(adapter_index) if index >= 0]
     for piece in plan.segments:
-        assert not decode and piece[2] > MAX_VECTOR_TOKENS
+        assert launches is not LoraLaunches.DECODE and piece[2] > MAX_VECTOR_TOKENS
 
 
 def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
@@ -127,9 +127,9 @@ def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(steps())
-def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int], list[list[int]], bool]) -> None:
-    adapter_index, ranks, decode = step
-    check_rooms(write(adapter_index, ranks, decode=decode))
+def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int], list[list[int]], LoraLaunches]) -> None:
+    adapter_index, ranks, launches = step
+    check_rooms(write(adapter_index, ranks, launches))
 
 
 def check_rooms(plan: Written) -> None:
@@ -171,29 +171,29 @@ def check_rooms(plan: Written) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter_index", "decode"),
+    ("adapter_index", "launches"),
     [
-        (list(range(24)), True),
-        ([t % 24 for t in range(200)], False),
-        ([t // 17 for t in range(11 * 17)] + list(range(11, 24)), False),
-        ([t // 16 for t in range(192)] + [12] * 8, False),
-        ([0] * 200, False),
+        (list(range(24)), LoraLaunches.DECODE),
+        ([t % 24 for t in range(200)], LoraLaunches.AS_NEEDED),
+        ([t // 17 for t in range(11 * 17)] + list(range(11, 24)), LoraLaunches.AS_NEEDED),
+        ([t // 16 for t in range(192)] + [12] * 8, LoraLaunches.MIXED),
+        ([0] * 200, LoraLaunches.MIXED),
     ],
 )
-def test_the_largest_step_fits(adapter_index: list[int], decode: bool) -> None:
+def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches) -> None:
     ranks = [[LIMITS.max_rank] * 4 for _ in range(24)]
-    check_rooms(write(adapter_index, ranks, decode=decode))
+    check_rooms(write(adapter_index, ranks, launches))
 
 
 def test_steps_past_the_limits_are_caught() -> None:
     with pytest.raises(AssertionError, match="201 tokens"):
-        write([0] * 201, [[1] * 4], decode=False)
+        write([0] * 201, [[1] * 4])
     with pytest.raises(AssertionError, match="25 tokens"):
-        write([0] * 25, [[1] * 4], decode=True)
+        write([0] * 25, [[1] * 4], LoraLaunches.DECODE)
     with pytest.raises(AssertionError, match="rank 41"):
-        write([0], [[41, 0, 0, 0]], decode=False)
+        write([0], [[41, 0, 0, 0]])
     with pytest.raises(AssertionError, match="has -1 to 2, the step 2 adapters"):
-        write([-1, 2], [[1] * 4, [1] * 4], decode=False)
+        write([-1, 2], [[1] * 4, [1] * 4])
 
 
 def test_more_adapters_than_are_remembered_are_read_again() -> None:
@@ -201,6 +201,6 @@ def test_more_adapters_than_are_remembered_are_read_again() -> None:
     buffer = np.zeros(planner.capacity.plan_ints, dtype=np.int32)
     for round in range(30):
         adapters = [adapter([1 + (round + i) % 40, 0, 3, 0]) for i in range(10)]
-        summary = planner.write(buffer, list(range(10)), adapters, decode=True)
+        summary = planner.write(buffer, list(range(10)), adapters, LoraLaunches.DECODE)
         plan = Written(planner, summary, buffer)
         assert [plan.ranks(piece)[0] for piece in plan.tiles] == [1 + (round + i) % 40 for i in range(10)]
