@@ -1,10 +1,15 @@
-"""Every CUDA source compiles for every architecture that is served, on machines without a GPU too: by NVRTC or by nvcc."""
+"""Every CUDA source compiles for every architecture that is served, on machines without a GPU too: by NVRTC or by nvcc.
+
+NVRTC comes with the test extra on Linux x86-64, so that there, and so in CI, nothing is skipped.
+"""
 
 import ctypes
 import importlib.util
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,18 +23,19 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SOURCES = sorted(path.name for path in CSRC.glob("*.cu"))
 
 
-def find_nvrtc() -> Path | None:
+def load_nvrtc() -> ctypes.CDLL | None:
     """libnvrtc of the nvidia-cuda-nvrtc wheel."""
     spec = importlib.util.find_spec("nvidia")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    found = [
-        path for folder in folders for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")) if "builtins" not in path.name
-    ]
-    return found[0] if found else None
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    if not found:
+        return None
+    for builtins in found[0].parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))  # NVRTC looks for it by name alone, and not beside itself
+    return ctypes.CDLL(str(found[0]))
 
 
-def compile_with_nvrtc(library: Path, text: str, architecture: str, options: tuple[str, ...]) -> None:
-    nvrtc = ctypes.CDLL(str(library))
+def compile_with_nvrtc(nvrtc: ctypes.CDLL, text: str, architecture: str, options: tuple[str, ...]) -> None:
     program = ctypes.c_void_p()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None) == 0
     arguments = [f"--gpu-architecture={architecture}".encode(), *(option.encode() for option in options)]
@@ -52,12 +58,14 @@ def compile_with_nvcc(nvcc: str, folder: Path, text: str, architecture: str, opt
 
 @pytest.fixture(scope="module")
 def compile_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, tuple[str, ...]], None]:
-    if nvrtc := find_nvrtc():
+    if nvrtc := load_nvrtc():
         return lambda text, architecture, options: compile_with_nvrtc(nvrtc, text, architecture, options)
     if nvcc := shutil.which("nvcc"):
         folder = tmp_path_factory.mktemp("cubin")
         return lambda text, architecture, options: compile_with_nvcc(nvcc, folder, text, architecture, options)
-    pytest.skip("neither the nvidia-cuda-nvrtc wheel nor nvcc is installed")
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        pytest.fail("nvidia-cuda-nvrtc is not installed: pip install -c constraints.txt -e '.[test]'")
+    pytest.skip("there is no nvidia-cuda-nvrtc for this platform, and no nvcc on the path")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -71,7 +79,7 @@ def test_every_source_compiles(
 
 def test_sources_stand_alone() -> None:
     """NVRTC is given one text and no include path, so nothing may be left to include."""
-    assert SOURCES == ["mbgmm.cu", "mbgmv.cu", "step_plan.cu"]
+    assert SOURCES, "no kernels found: the test looks in the wrong place"
     for source in SOURCES:
         assert "#include" not in kernel_source(source)
 
