@@ -5,12 +5,14 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable, Sequence
 
-from dataplane.assembly import load_data_plane
+from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig, parse_config
 from dataplane.errors import DataPlaneError
 from dataplane.memory.pool_sizing import PoolTooSmallError
 from dataplane.model.errors import ModelError
+from dataplane.model.weights import Progress
 from dataplane.service.server import DataPlaneServer, ListenError
 
 EXIT_OK = 0
@@ -20,22 +22,27 @@ EXIT_USAGE = 2
 # Progress is reported when this much more is loaded, not for every tensor.
 PROGRESS_STEPS = 100
 
+Load = Callable[[DataPlaneConfig, Progress | None], DataPlane]
 
-def main() -> int:
-    """Loads, serves until SIGTERM, SIGINT or a failure of the engine, and returns the exit code."""
+
+def main(argv: Sequence[str] | None = None, load: Load = load_data_plane) -> int:
+    """Loads, serves until SIGTERM, SIGINT or a failure of the engine, and returns the exit code.
+
+    load: makes the data plane; another one than the real for a comparison.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    config = parse_config(sys.argv[1:])
+    config = parse_config(sys.argv[1:] if argv is None else argv)
     try:
-        return asyncio.run(serve(config))
+        return asyncio.run(serve(config, load))
     except (DataPlaneError, ModelError, PoolTooSmallError, ListenError) as error:
         print(f"dataplane: {error}", file=sys.stderr)
         return EXIT_USAGE
 
 
-async def serve(config: DataPlaneConfig) -> int:
+async def serve(config: DataPlaneConfig, load: Load = load_data_plane) -> int:
     """The life of the process. The model is loaded before the port opens: who can connect can be answered."""
     stopped = asyncio.Event()
-    data_plane = load_data_plane(config, _LoadProgress() if config.json_progress else None)
+    data_plane = load(config, _LoadProgress() if config.json_progress else None)
     server = DataPlaneServer(data_plane, config.listen, config.stop_timeout_s)
     addresses = await server.start()
     # Until here the default holds: a signal while loading ends the process at once.
