@@ -10,6 +10,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What gpu-test runs on; another environment that has all that it needs: make GPU_PYTHON=python3 gpu-test
+GPU_PYTHON := $(BIN)/python
 STAMP := $(VENV)/.loraplane-installed
 PROTOS := $(sort $(wildcard protos/loraplane/v1/*.proto))
 RUN_BUF := npx --yes --loglevel=error --package @bufbuild/buf@1.75.0 -- buf
@@ -77,8 +79,9 @@ protos: $(STAMP)  ## Generate the Python stubs from protos/ again.
 report: $(STAMP)  ## Write docs/performance.md from benchmarks/results.
 	@$(BIN)/python -m benchmarks.report
 
-gpu-test: $(STAMP)  ## The tests that need a CUDA device.
-	@$(BIN)/python -m pytest -m gpu
+# Not after $(STAMP), which might bring another torch into an environment that has the right one.
+gpu-test:  ## The tests that need a CUDA device, some of them under compute-sanitizer as well.
+	@PYTHON="$(GPU_PYTHON)" .ci/gpu-test
 
 clean:  ## Remove what the other targets made, .venv included.
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .state

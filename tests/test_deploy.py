@@ -82,11 +82,22 @@ def test_ci_runs_what_a_desk_runs(repository: Path) -> None:
     bash, make = shutil.which("bash"), shutil.which("make")
     if bash is None or make is None:
         pytest.skip("bash or make is not on PATH")
-    assert subprocess.run([bash, "-n", ".ci/run"], cwd=repository, timeout=60).returncode == 0
+    for script in (".ci/run", ".ci/gpu-test"):
+        assert subprocess.run([bash, "-n", script], cwd=repository, timeout=60).returncode == 0
     assert "make test" in (repository / ".ci" / "run").read_text(encoding="utf-8")
-    for target in ("demo", "test", "lint", "protos", "clean"):
+    for target in ("demo", "test", "lint", "protos", "gpu-test", "clean"):
         plan = subprocess.run([make, "--dry-run", target], cwd=repository, capture_output=True, text=True, timeout=60)
         assert plan.returncode == 0, plan.stderr
+
+
+def test_kernels_of_every_launch_are_left_for_the_sanitizer(repository: Path) -> None:
+    """The script selects by names of tests, which may change."""
+    selection = re.search(r"^small='(.+)'$", (repository / ".ci" / "gpu-test").read_text(encoding="utf-8"), re.MULTILINE)
+    assert selection is not None
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-k", selection[1], "tests/kernels"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(re.findall(r"test_lora_cuda\.py::.*small-mixed-torch\.bfloat16", result.stdout)) >= 3
 
 
 def test_constraints_pin_every_direct_dependency(repository: Path) -> None:
