@@ -53,7 +53,7 @@ class StepLimits:
 def measure_step_bytes(
     model: ForwardModel, sampler: Sampler, geometry: BaseGeometry, limits: StepLimits, device: torch.device
 ) -> int:
-    """Most that steps of the model and its sampler will take of a CUDA device at once, the memory of graphs included.
+    """Most that steps of the model and its sampler will take of the device at once, the memory of graphs included.
 
     Runs them over a pool of one page that stands for all. Of every row with an adapter of the largest rank on every module: what
     the LoRA operation allocates during a step, if it does, is in the measure too. Buffers that model and sampler made when they
@@ -115,7 +115,10 @@ def largest_adapter(geometry: BaseGeometry, device: torch.device) -> LoraAdapter
 
 
 def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """How much more of the device torch holds while this runs than before it."""
+    """How much more of the device torch holds while this runs than before it. Nothing counts it on the CPU: 0 there."""
+    if device.type != "cuda":
+        run()
+        return 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)

@@ -47,7 +47,8 @@ def test_a_largest_step_is_legal_and_has_all_the_tokens_there_can_be(limits: Ste
 class Greedy:
     """Needs 1 MiB for each row of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.sizes: list[int] = []
 
     def num_rows(self, step: StepArrays) -> int:
@@ -56,13 +57,21 @@ class Greedy:
     def forward(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
         assert pool.shape == (2, 2, GEOMETRY.page_elems) and inputs.host.adapters
         self.sizes.append(len(inputs.token_ids))
-        torch.empty(len(inputs.token_ids) << 20, dtype=torch.uint8, device="cuda")
-        return torch.zeros(len(inputs.logits_rows), 1000, device="cuda")
+        torch.empty(len(inputs.token_ids) << 20, dtype=torch.uint8, device=self.device)
+        return torch.zeros(len(inputs.logits_rows), 1000, device=self.device)
+
+
+def test_steps_and_sampling_run_on_any_device() -> None:
+    device = torch.device("cpu")
+    model, limits = Greedy(device), StepLimits(token_budget=64, max_num_seqs=8, max_model_len=1 << 16, graph_rows=(1, 8))
+    assert measure_step_bytes(model, Sampler(1000, (2,), 8, device), GEOMETRY, limits, device) == 0
+    assert model.sizes == [72, 16]
 
 
 @pytest.mark.gpu
 def test_the_measure_holds_the_largest_step_and_graphs_beside_it() -> None:
-    device, model = torch.device("cuda"), Greedy()
+    device = torch.device("cuda")
+    model = Greedy(device)
     sampler = Sampler(1000, (2,), 64, device)
     limits = StepLimits(token_budget=512, max_num_seqs=64, max_model_len=1 << 16)
     alone = measure_step_bytes(model, sampler, GEOMETRY, limits, device)
