@@ -41,14 +41,16 @@ class ImageStore:
         """Opens (and makes) the directory and removes what a crashed writer left. max_bytes bounds all images together."""
         self._root = root
         self._max_bytes = max_bytes
-        self._publish_lock = threading.Lock()
+        # Bytes by digest of what is being written: they count, so that two writers do not pass the bound together.
+        self._under_way: dict[str, int] = {}
+        self._room_lock = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(_size_or_zero(self._root / f"{digest}{SUFFIX}") for digest in self.digests())
+        return sum(map(self._size_of, self.digests()))
 
     def digests(self) -> tuple[str, ...]:
         """What is in the store, sorted."""
@@ -62,15 +64,20 @@ class ImageStore:
         """
         path = self._path(image.digest)
         prefix = file_prefix(image.header)
-        # One writer at a time, or two could pass the bound together.
-        with self._publish_lock:
+        size_bytes = len(prefix) + image.size_bytes
+        with self._room_lock:
             if path.exists():
                 return image.digest
-            self._check_room(len(prefix) + image.size_bytes)
-            try:
-                self._write(path, prefix, image.pages)
-            except OSError as error:
-                raise StoreFullError("adapter store", f"writing {path.name} failed: {error.strerror}") from error
+            self._check_room(size_bytes)
+            self._under_way[image.digest] = size_bytes
+        # Many at a time: a disk takes several files in the time in which it makes sure of one.
+        try:
+            self._write(path, prefix, image.pages)
+        except OSError as error:
+            raise StoreFullError("adapter store", f"writing {path.name} failed: {error.strerror}") from error
+        finally:
+            with self._room_lock:
+                self._under_way.pop(image.digest, None)
         return image.digest
 
     def read(self, digest: str, geometry: BaseGeometry, pin_memory: bool = False) -> AdapterImage:
@@ -118,11 +125,22 @@ class ImageStore:
         except FileNotFoundError:
             raise ImageNotFoundError(digest) from None
 
+    def _size_of(self, digest: str) -> int:
+        """Bytes of a file that somebody else may delete at any moment."""
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def _check_room(self, new_bytes: int) -> None:
-        if self._max_bytes is not None and self.size_bytes + new_bytes > self._max_bytes:
+        if self._max_bytes is None:
+            return
+        there = sum(self._size_of(digest) for digest in self.digests() if digest not in self._under_way)
+        used_bytes = there + sum(self._under_way.values())
+        if used_bytes + new_bytes > self._max_bytes:
             raise StoreFullError(
                 "adapter store",
-                f"an image of {new_bytes} bytes does not fit beside {self.size_bytes} bytes; the limit is {self._max_bytes}; "
+                f"an image of {new_bytes} bytes does not fit beside {used_bytes} bytes; the limit is {self._max_bytes}; "
                 "unregister adapters or raise the limit",
             )
 
@@ -151,14 +169,6 @@ class ImageStore:
 
 def _is_digest(text: str) -> bool:
     return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
-
-
-def _size_or_zero(path: Path) -> int:
-    """Size of a file that somebody else may delete at any moment."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _sync_directory(directory: Path) -> None:

@@ -98,9 +98,12 @@ class RegistryWriter:
 
     async def publish(self, record: AdapterRecord, image: AdapterImage, request: RequestMark | None) -> AdapterRecord:
         """Stores the image, then publishes the record."""
-        async with self._images.stored(image), self._pin_lock:
-            self.check_room(record)
-            return await self._served(await self._registry.add(record, request))
+        async with self._images.stored(image):
+            if not record.pinned:
+                return await self._served(await self._registry.add(record, request))
+            async with self._pin_lock:
+                self.check_room(record)
+                return await self._served(await self._registry.add(record, request))
 
     async def edit(self, name: str, edit: AdapterEdit, etag: str, request: RequestMark | None) -> AdapterRecord:
         """Applies an edit to the adapter as it is in Redis."""

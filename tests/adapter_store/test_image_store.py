@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -171,6 +172,35 @@ def test_a_store_that_may_only_be_read_opens_beside_what_it_cannot_sweep(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     assert ImageStore(tmp_path).digests() == (image.digest,)
+
+
+def test_images_are_written_beside_each_other_and_keep_the_bound_together(
+    make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [make_image(seed) for seed in range(3)]
+    measure = ImageStore(tmp_path / "measure")
+    measure.publish(images[0])
+    size_bytes = measure.size_bytes
+    store = ImageStore(tmp_path / "store", max_bytes=2 * size_bytes)
+    all_here, is_refused, fsync = threading.Barrier(3), threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        if not is_refused.is_set():
+            all_here.wait(10)
+            is_refused.wait(10)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with ThreadPoolExecutor(2) as threads:
+        writing = [threads.submit(store.publish, image) for image in images[:2]]
+        all_here.wait(10)
+        with pytest.raises(StoreFullError, match=f"beside {2 * size_bytes} bytes"):
+            store.publish(images[2])
+        is_refused.set()
+    assert {each.result() for each in writing} == set(store.digests())
+    assert store.size_bytes == 2 * size_bytes
+    store.delete(images[0].digest)
+    store.publish(images[2])
 
 
 def test_writers_of_the_same_image_do_not_disturb_each_other(
