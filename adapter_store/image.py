@@ -129,8 +129,17 @@ class AdapterOrigin:
 
 def build_image(geometry: BaseGeometry, weights: Mapping[str, ModuleWeights], origin: AdapterOrigin) -> AdapterImage:
     """Packs weights by module name into a new image."""
+    header = image_header(geometry, weights, origin)
+    pages = torch.zeros(header.shape, dtype=TORCH_DTYPES[geometry.dtype])
+    for name, module in weights.items():
+        _write_module(pages, header.modules[name], module)
+    return AdapterImage(image_digest(header, pages), header, pages)
+
+
+def image_header(geometry: BaseGeometry, weights: Mapping[str, ModuleWeights], origin: AdapterOrigin) -> ImageHeader:
+    """The header of an image of these weights, of which only ranks and scalings matter."""
     layout = pack_rows({name: module.rank for name, module in weights.items()}, geometry)
-    header = ImageHeader(
+    return ImageHeader(
         geometry_fingerprint=geometry.fingerprint,
         dtype=geometry.dtype,
         num_layers=geometry.num_layers,
@@ -142,10 +151,6 @@ def build_image(geometry: BaseGeometry, weights: Mapping[str, ModuleWeights], or
         alpha=origin.alpha,
         rslora=origin.rslora,
     )
-    pages = torch.zeros(header.shape, dtype=TORCH_DTYPES[geometry.dtype])
-    for name, module in weights.items():
-        _write_module(pages, header.modules[name], module)
-    return AdapterImage(image_digest(header, pages), header, pages)
 
 
 def _table(weights: ModuleWeights, rows: RowOffsets) -> ImageModule:

@@ -94,7 +94,9 @@ async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
         uploads = await asyncio.to_thread(
             UploadArea, config.upload_dir, config.max_upload_bytes, config.max_uploads, config.upload_ttl_s
         )
-        adapters = AdapterService(registry, dispatcher, uploads, config.adapter_roots)
+        adapters = AdapterService(
+            registry, dispatcher, uploads, config.adapter_roots, allow_dummies=config.allow_dummy_adapters
+        )
         stack.push_async_callback(asyncio.to_thread, adapters.close)
         servicers = Servicers(
             inference=InferenceService(dispatcher, registry.directory, tokenizer, config.max_waiting),

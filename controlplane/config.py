@@ -20,6 +20,7 @@ class ControlPlaneConfig:
     redis_url: str | None = None
     key_prefix: str = "loraplane"
     adapter_roots: tuple[Path, ...] = ()
+    allow_dummy_adapters: bool = False
     max_waiting: int = 1024
     credentials: Path | None = None
     drain_timeout_s: float = 30.0
@@ -56,6 +57,7 @@ def parse_config(argv: Sequence[str]) -> ControlPlaneConfig:
         redis_url=args.redis_url,
         key_prefix=args.key_prefix,
         adapter_roots=tuple(args.adapter_root),
+        allow_dummy_adapters=args.allow_dummy_adapters,
         max_waiting=args.max_waiting,
         credentials=args.credentials,
         drain_timeout_s=args.drain_timeout,
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="adapters may be registered by path from under it; repeatable (none: by upload only)",
     )
+    add("--allow-dummy-adapters", action="store_true", help="adapters of random weights may be registered, for benchmarks")
     add("--max-waiting", type=_positive_int, default=1024, metavar="N", help="requests that may wait (1024)")
     add("--credentials", type=Path, metavar="FILE", help="JSON file of tokens and their tenants (none: everybody is admin)")
     add("--drain-timeout", type=_seconds, default=30.0, metavar="S", help="on SIGTERM, abort what still runs after this (30)")

@@ -6,6 +6,7 @@ Knows the limits of the contract and nothing of which adapters exist.
 import re
 from collections.abc import Iterable, Mapping
 
+from adapter_store.geometry import LORA_MODULES
 from controlplane.errors import FieldViolation, InvalidArgumentError
 from protos.loraplane.v1 import adapter_pb2 as pb
 
@@ -79,9 +80,24 @@ class FieldCheck:
                 )
 
     def source(self, source: pb.AdapterSource) -> None:
-        """A source says where the files are."""
-        if not (source.path or source.upload_id):
-            self.add("source", "must have path or upload_id")
+        """A source says where the weights come from."""
+        if source.WhichOneof("source") == "dummy":
+            self._dummy(source.dummy)
+        elif not (source.path or source.upload_id):
+            self.add("source", "must have path, upload_id or dummy")
+
+    def _dummy(self, dummy: pb.DummyAdapter) -> None:
+        """What the base can take is not known here."""
+        if dummy.rank < 1:
+            self.add("source.dummy.rank", "is 0; it must be at least 1")
+        if not dummy.target_modules:
+            self.add("source.dummy.target_modules", f"must name modules, of {', '.join(LORA_MODULES)}")
+        for index, name in enumerate(dummy.target_modules[: len(LORA_MODULES) + 1]):
+            field = f"source.dummy.target_modules[{index}]"
+            if name not in LORA_MODULES:
+                self.add(field, f"{_short(name)} is not one of {', '.join(LORA_MODULES)}")
+            elif name in dummy.target_modules[:index]:
+                self.add(field, f"{name} is given twice")
 
     def request_id(self, request_id: str) -> None:
         """Client-minted ids are short and printable."""

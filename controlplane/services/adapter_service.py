@@ -52,14 +52,17 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         allowed_roots: Sequence[Path],
         *,
         max_imports: int = DEFAULT_MAX_IMPORTS,
+        allow_dummies: bool = False,
     ) -> None:
-        """`registry` is open. Call `close` before closing it."""
+        """`registry` is open. Call `close` before closing it. allow_dummies: adapters of random weights may be registered."""
         self._directory = registry.directory
         self._control = control
         self._uploads = uploads
         self._view = AdapterView(self._directory, control)
         self._watches = WatchHub(registry.redis, self._directory, control)
-        self._importer = AdapterImporter(control.geometry, uploads, allowed_roots, max_imports=max_imports)
+        self._importer = AdapterImporter(
+            control.geometry, uploads, allowed_roots, max_imports=max_imports, allow_dummies=allow_dummies
+        )
         pinning = Pinning(self._directory, control)
         self._writer = RegistryWriter(registry.redis, self._directory, registry.images, pinning, control.geometry)
         # request_ids under way here: a repetition waits for the first instead of importing beside it.

@@ -330,31 +330,71 @@ Global___Residency: _TypeAlias = Residency  # noqa: Y015
 
 @_typing.final
 class AdapterSource(_message.Message):
-    """AdapterSource says where the files of a PEFT adapter come from."""
+    """AdapterSource says where the weights of an adapter come from: the files of a PEFT adapter, or nowhere."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
     UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    DUMMY_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """A directory on the control plane's machine, under one of its allowed roots."""
     upload_id: _builtins.str
     """What UploadAdapter returned."""
+    @_builtins.property
+    def dummy(self) -> Global___DummyAdapter:
+        """Random weights, made by the service. FAILED_PRECONDITION unless it was started with --allow-dummy-adapters."""
+
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         upload_id: _builtins.str = ...,
+        dummy: Global___DummyAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "source", b"source", "upload_id", b"upload_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dummy", b"dummy", "path", b"path", "source", b"source", "upload_id", b"upload_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "source", b"source", "upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dummy", b"dummy", "path", b"path", "source", b"source", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["path", "upload_id"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["path", "upload_id", "dummy"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___AdapterSource: _TypeAlias = AdapterSource  # noqa: Y015
+
+@_typing.final
+class DummyAdapter(_message.Message):
+    """DummyAdapter describes random weights, for benchmarks and load tests: small numbers that mean nothing, in every layer of the base.
+    The same fields give the same weights, so the same version.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank of every module; at least 1."""
+    seed: _builtins.int
+    """Other seeds, other weights."""
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The linear modules that it changes, such as "q_proj"; at least one, each once."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "seed", b"seed", "target_modules", b"target_modules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DummyAdapter: _TypeAlias = DummyAdapter  # noqa: Y015
 
 @_typing.final
 class RegisterAdapterRequest(_message.Message):

@@ -104,6 +104,7 @@ class AdapterServiceServicer:
         NOT_FOUND            the path or upload does not exist.
         PERMISSION_DENIED    the path is outside the allowed roots.
         FAILED_PRECONDITION  the base model cannot take it: rank, module, shape, dtype, DoRA, ...; PreconditionFailure lists each.
+        Or dummy adapters are not allowed here (reason DUMMY_NOT_ALLOWED).
         DATA_LOSS            the weights are corrupt: truncated, not finite, checksum mismatch; ErrorInfo has file and tensor.
         RESOURCE_EXHAUSTED   too many registrations at once, no room in the store, or too few pages left to pin it; RetryInfo.
         UNAVAILABLE          no data plane has connected yet, so the base model is not known; RetryInfo.
