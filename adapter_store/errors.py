@@ -89,6 +89,13 @@ class ImageNotFoundError(AdapterStoreError):
         super().__init__(f"no adapter image {shorten(digest)} in the store; register the adapter again")
 
 
+class HostMemoryError(AdapterStoreError):
+    """This machine does not give the memory that adapters were to have."""
+
+    def __init__(self, size_bytes: int, description: str) -> None:
+        super().__init__(f"{size_bytes} bytes of host memory for adapters {description}; lower --host-cache-bytes")
+
+
 class StoreFullError(AdapterStoreError):
     """A bound is reached: `subject` names what is full."""
 

@@ -7,10 +7,12 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adapter_store.geometry import LORA_MODULES, BaseGeometry
 from adapter_store.packing import RowOffsets, pack_rows
@@ -86,13 +88,24 @@ def _decode_module(fields: dict[str, Any]) -> ImageModule:
     return ImageModule(**(fields | {"a_offsets": tuple(fields["a_offsets"]), "b_offsets": tuple(fields["b_offsets"])}))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class AdapterImage:
-    """An adapter ready to be copied into pages. pages: [num_layers, num_pages, page_elems] of the pool's dtype, on the host."""
+    """An adapter ready to be copied into pages.
+
+    pages: [num_layers, num_pages, page_elems] of the pool's dtype, on the host.
+    row_offsets: [rows] offsets of the header's modules, in its order, of each the rows of A and then those of B transposed. Made
+        here, in the thread that reads an image, for the one that must not wait.
+    """
 
     digest: str
     header: ImageHeader
     pages: torch.Tensor
+    row_offsets: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        modules = self.header.modules.values()
+        offsets = [offset for module in modules for offset in (*module.a_offsets, *module.b_offsets)]
+        object.__setattr__(self, "row_offsets", np.array(offsets, dtype=np.int64))
 
     @property
     def size_bytes(self) -> int:

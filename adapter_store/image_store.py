@@ -8,6 +8,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
@@ -32,6 +33,13 @@ STALE_TEMP_S = 600.0
 # Far above any real header (7 modules of rank 512 are 50 KB); a length beyond it is a damaged file.
 MAX_HEADER_BYTES = 4 << 20
 READ_CHUNK_BYTES = 4 << 20
+
+# Gives memory for so many bytes, as [size_bytes] uint8.
+Allocate = Callable[[int], torch.Tensor]
+
+
+def _ordinary_memory(size_bytes: int) -> torch.Tensor:
+    return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 class ImageStore:
@@ -80,8 +88,8 @@ class ImageStore:
                 self._under_way.pop(image.digest, None)
         return image.digest
 
-    def read(self, digest: str, geometry: BaseGeometry, pin_memory: bool = False) -> AdapterImage:
-        """The image of that digest, its content verified.
+    def read(self, digest: str, geometry: BaseGeometry, allocate: Allocate = _ordinary_memory) -> AdapterImage:
+        """The image of that digest, its content verified. Its pages are read into the memory that `allocate` gives.
 
         Raises:
             ImageNotFoundError: it is not in the store.
@@ -94,7 +102,7 @@ class ImageStore:
             found_bytes = os.fstat(file.fileno()).st_size - len(prefix)
             if found_bytes != header.size_bytes:
                 raise AdapterCorruptError(file.name, "", f"{found_bytes} bytes of pages where {header.size_bytes} belong")
-            pages = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype], pin_memory=pin_memory)
+            pages = allocate(header.size_bytes).view(TORCH_DTYPES[header.dtype]).view(header.shape)
             actual = _read_pages(file, pages, prefix)
             if actual != digest:
                 raise AdapterCorruptError(file.name, "", f"content has digest {actual}, not the one it is named by")

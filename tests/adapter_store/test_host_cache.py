@@ -14,7 +14,7 @@ from adapter_store.errors import AdapterCorruptError, ImageNotFoundError, StoreF
 from adapter_store.geometry import BaseGeometry
 from adapter_store.host_cache import HostCache
 from adapter_store.image import AdapterImage
-from adapter_store.image_store import ImageStore
+from adapter_store.image_store import Allocate, ImageStore
 
 NUM_IMAGES = 6
 
@@ -28,10 +28,10 @@ class SlowStore(ImageStore):
         self.gate.set()
         self.reads: list[str] = []
 
-    def read(self, digest: str, geometry: BaseGeometry, pin_memory: bool = False) -> AdapterImage:
+    def read(self, digest: str, geometry: BaseGeometry, *memory: Allocate) -> AdapterImage:
         self.reads.append(digest)
         assert self.gate.wait(30)
-        return super().read(digest, geometry, pin_memory)
+        return super().read(digest, geometry, *memory)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_fetches_of_one_digest_share_a_read_and_all_are_answered(
 
 def test_the_least_recently_used_image_is_evicted(open_cache: Callable[..., HostCache], digests: tuple[Path, list[str]]) -> None:
     evicted: list[str] = []
-    cache = open_cache(2, on_evict=evicted.append)
+    # One worker: another might hold an image a moment longer, which is then in use.
+    cache = open_cache(2, num_workers=1, on_evict=evicted.append)
     a, b, c = digests[1][:3]
     fetch(cache, a)
     fetch(cache, b)
@@ -118,6 +119,35 @@ def test_an_image_over_the_bound_is_delivered_and_not_cached(
     assert isinstance(fetch(cache, digests[1][0]), AdapterImage)
     assert cache.digests() == ()
     assert cache.size_bytes == 0
+
+
+def test_what_is_evicted_but_in_use_keeps_its_memory_and_the_bound_holds(
+    open_cache: Callable[..., HostCache], digests: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = open_cache(2, num_workers=1)
+    in_use = [fetch(cache, digest) for digest in digests[1][:2]]
+    contents = [image.pages.clone() for image in in_use if isinstance(image, AdapterImage)]
+    third = fetch(cache, digests[1][2])
+    assert isinstance(third, AdapterImage), "it is delivered all the same"
+    assert "no room in the host cache" in caplog.text
+    assert cache.digests() == tuple(digests[1][:2]), "who is in use stays, for going would make no room"
+    for image, content in zip(in_use, contents, strict=True):
+        assert isinstance(image, AdapterImage) and image.pages.equal(content)
+    del in_use[0], image
+    assert isinstance(fetch(cache, digests[1][2]), AdapterImage)
+    assert cache.digests() == (digests[1][1], digests[1][2])
+
+
+def test_a_damaged_image_gives_its_memory_back(open_cache: Callable[..., HostCache], digests: tuple[Path, list[str]]) -> None:
+    cache, path = open_cache(1, num_workers=1), digests[0] / f"{digests[1][0]}.image"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        assert isinstance(fetch(cache, digests[1][0]), AdapterCorruptError)
+    finally:
+        path.write_bytes(whole)
+    assert isinstance(fetch(cache, digests[1][1]), AdapterImage)
+    assert cache.digests() == (digests[1][1],)
 
 
 def test_an_error_is_delivered_and_the_next_fetch_tries_again(
