@@ -4,13 +4,17 @@ Knows the pool tensor and the image's layout; nothing of which pages are free or
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from adapter_store.image import AdapterImage, ImageModule
+from adapter_store.image import AdapterImage
 from dataplane.memory.page_pool import page_runs
 from kernels.lora import LoraAdapter, LoraRows
+from kernels.page_copy import PageCopier
 
 
 class AdapterCopy(Protocol):
@@ -29,6 +33,10 @@ class AdapterCopy(Protocol):
         """Blocks until they do: at most the milliseconds of one copy."""
         ...
 
+    def abandon(self) -> None:
+        """Nobody will use it: its pages may be given away at once. What is written there later comes after it."""
+        ...
+
 
 class AdapterCopier(Protocol):
     """Starts copies into one pool."""
@@ -38,72 +46,90 @@ class AdapterCopier(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CopyOnItsWay:
+    """done: recorded behind it. sources: what the device reads until then."""
+
+    done: torch.cuda.Event
+    sources: tuple[object, ...]
+
+    def is_done(self) -> bool:
+        """Whether the device has read the sources and the pages hold them."""
+        is_done: bool = self.done.query()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return is_done
+
+
 class TensorCopy:
-    """A copy into the pool tensor. Holds the image until the device has read it."""
+    """A copy into the pool tensor. Holds what the device reads until it has read it."""
 
-    def __init__(self, adapter: LoraAdapter, image: AdapterImage, done: torch.cuda.Event | None) -> None:
-        self._adapter = adapter
-        self._image: AdapterImage | None = image
-        self._done = done
-
-    @property
-    def adapter(self) -> LoraAdapter:
-        """Where its rows lie."""
-        return self._adapter
+    def __init__(self, adapter: LoraAdapter, on_its_way: CopyOnItsWay | None, abandoned: list[CopyOnItsWay]) -> None:
+        """on_its_way: None if it is done already. abandoned: where it is held when nobody wants it any more."""
+        self.adapter = adapter
+        self._on_its_way = on_its_way
+        self._abandoned = abandoned
 
     def is_done(self) -> bool:
         """Whether the pages hold the weights."""
-        if self._done is not None and not self._done.query():  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            return False
-        self._image = None
-        return True
+        if self._on_its_way is not None and self._on_its_way.is_done():
+            self._on_its_way = None
+        return self._on_its_way is None
 
     def wait(self) -> None:
         """Blocks until the pages hold the weights."""
-        if self._done is not None:
-            self._done.synchronize()
-        self._image = None
+        if self._on_its_way is not None:
+            self._on_its_way.done.synchronize()
+            self._on_its_way = None
+
+    def abandon(self) -> None:
+        """Lets the compute stream wait for it, so that what is launched from now on writes the pages after it."""
+        if self._on_its_way is not None:
+            self._on_its_way.done.wait()
+            self._abandoned.append(self._on_its_way)
 
 
 class TensorCopier:
     """Copies into the pool tensor [num_layers, num_pages, page_elems], one 2-D copy for each run of neighbouring pages.
 
-    On CUDA it owns one stream, "adapter copies": the copies overlap the engine's step and are joined by an event.
+    On CUDA it owns one stream, "adapter copies": the copies overlap the engine's steps and are joined by an event. Nothing here
+    waits for the device.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
-        self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]  # likewise
+        self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._pages = PageCopier(pool) if pool.is_cuda else None
+        self._abandoned: list[CopyOnItsWay] = []
 
     def start(self, image: AdapterImage, pages: Sequence[int]) -> TensorCopy:
-        """Starts copying page i of the image into pages[i], in every layer."""
-        adapter = LoraAdapter({name: self._rows(module, pages) for name, module in image.header.modules.items()})
-        if self._stream is None:
-            self._copy_pages(image, pages)
-            return TensorCopy(adapter, image, done=None)
-        # The pages may have been read a moment ago, as KV or as another adapter, by work that is still queued.
+        """Starts copying page i of the image into pages[i], in every layer, for when the steps launched by now are done."""
+        table = torch.from_numpy(row_table(image, pages))
+        if self._stream is None or self._pages is None:
+            for i, length in page_runs(pages):
+                self._pool[:, pages[i] : pages[i] + length].copy_(image.pages[:, i : i + length])
+            return TensorCopy(_adapter(image, table.to(self._pool.device)), None, self._abandoned)
+        self._abandoned[:] = [copy for copy in self._abandoned if not copy.is_done()]
+        staging = table.pin_memory()
+        # A step on its way may still read the pages, as KV or as another adapter, and the memory that the table gets: torch gives
+        # it out again on this stream as soon as the adapter that had it is dropped, and every write here comes after this.
         self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
         with torch.cuda.stream(self._stream):
-            self._copy_pages(image, pages)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # likewise
-            done.record(self._stream)
-        return TensorCopy(adapter, image, done)
+            table = staging.to(self._pool.device, non_blocking=True)
+            self._pages.start(image.pages, ((i, pages[i], length) for i, length in page_runs(pages)), self._stream)
+            done = self._stream.record_event()
+        return TensorCopy(_adapter(image, table), CopyOnItsWay(done, (image, staging)), self._abandoned)
 
-    def _copy_pages(self, image: AdapterImage, pages: Sequence[int]) -> None:
-        for i, length in page_runs(pages):
-            first = pages[i]
-            self._pool[:, first : first + length].copy_(image.pages[:, i : i + length], non_blocking=True)
 
-    def _rows(self, module: ImageModule, pages: Sequence[int]) -> LoraRows:
-        return LoraRows(
-            rank=module.rank,
-            scaling=module.scaling,
-            a_rows=self._device_offsets(module.a_offsets, pages),
-            b_rows=self._device_offsets(module.b_offsets, pages),
-        )
+def row_table(image: AdapterImage, pages: Sequence[int]) -> NDArray[np.int64]:
+    """Where each row of the image lies in one layer of the pool, once page i of the image is pages[i]; in the image's order."""
+    page_elems = image.header.page_elems
+    page_in_image, offset = np.divmod(image.row_offsets, page_elems)
+    return np.asarray(pages, dtype=np.int64)[page_in_image] * page_elems + offset
 
-    def _device_offsets(self, offsets: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        """Offsets in the image as offsets in one layer of the pool."""
-        page_elems = self._pool.shape[2]
-        moved = [pages[offset // page_elems] * page_elems + offset % page_elems for offset in offsets]
-        return torch.tensor(moved, dtype=torch.int64, device=self._pool.device)
+
+def _adapter(image: AdapterImage, table: torch.Tensor) -> LoraAdapter:
+    """table: [rows] int64, the row table where the kernels read it; of each module first the rows of A, then those of B."""
+    modules = image.header.modules
+    parts = iter(torch.split_with_sizes(table, [module.rank for module in modules.values() for _ in range(2)]))
+    return LoraAdapter(
+        {name: LoraRows(module.rank, module.scaling, next(parts), next(parts)) for name, module in modules.items()}
+    )

@@ -116,6 +116,9 @@ class FakeCopy:
             self._write()
         self._is_done = True
 
+    def abandon(self) -> None:
+        self.wait()
+
 
 @dataclass(frozen=True)
 class FakeStep:
