@@ -29,7 +29,8 @@ ALLOWED_MOVES = {
     AdapterState.FETCHING: {AdapterState.HOST, AdapterState.FAILED, AdapterState.NONE},
     # Back to FETCHING: the host cache evicted the image before it was copied.
     AdapterState.HOST: {AdapterState.COPYING, AdapterState.FETCHING, AdapterState.NONE},
-    AdapterState.COPYING: {AdapterState.DEVICE},
+    # Not to DEVICE: it was evicted before its copy was done.
+    AdapterState.COPYING: {AdapterState.DEVICE, AdapterState.HOST, AdapterState.NONE},
     AdapterState.DEVICE: {AdapterState.HOST, AdapterState.NONE},
     AdapterState.FAILED: {AdapterState.FETCHING, AdapterState.NONE},
 }
@@ -64,12 +65,16 @@ STORE_COST_FACTOR = 20.0
 
 @dataclass(slots=True)
 class AdapterEntry:
-    """One adapter. `image` is held from fetch to copy while a request waits for it; `copy` while it has pages."""
+    """One adapter. `image` is held from fetch to copy while a request waits for it; `copy` while it has pages.
+
+    is_on_host: whether the host cache has its image, as far as it has told: bringing it back then costs no read of the store.
+    """
 
     digest: str
     state: AdapterState = AdapterState.NONE
     num_references: int = 0
     image: AdapterImage | None = None
+    is_on_host: bool = False
     size_bytes: int = 0
     pages: tuple[int, ...] = ()
     copy: AdapterCopy | None = None
@@ -89,17 +94,23 @@ class AdapterEntry:
 
     def add_use(self, now: float) -> None:
         """Counts a use: frequency and recency in one number that halves every HEAT_HALF_LIFE_S."""
-        self.heat = self.heat_at(now) + 1.0
+        self.heat = self.heat * math.exp2((self.heated_at - now) / HEAT_HALF_LIFE_S) + 1.0
         self.heated_at = now
 
-    def heat_at(self, now: float) -> float:
-        """Uses, each weighed by its age."""
-        return self.heat * math.exp2((self.heated_at - now) / HEAT_HALF_LIFE_S)
+    @property
+    def worth(self) -> float:
+        """Cost that evicting it is expected to bring back, for each page that it gives free. The lowest is evicted first.
 
-    def score(self, now: float, is_on_host: bool) -> float:
-        """Cost that evicting it is expected to bring back, for each page that it gives free. The lowest is evicted first."""
-        reload_cost = (COPY_OVERHEAD_PAGES + len(self.pages)) * (1.0 if is_on_host else STORE_COST_FACTOR)
-        return self.heat_at(now) * reload_cost / len(self.pages)
+        As a logarithm, with the time of the last use in it: all adapters cool at the same rate, so the order of two of them does
+        not change with time, and neither does this number until the next use. What is still being copied goes last: its pages
+        can be written again only when it is there.
+        """
+        if self.state is AdapterState.COPYING:
+            return math.inf
+        if self.heat == 0.0:
+            return -math.inf
+        reload_cost = (COPY_OVERHEAD_PAGES + len(self.pages)) * (1.0 if self.is_on_host else STORE_COST_FACTOR)
+        return math.log2(self.heat * reload_cost / len(self.pages)) + self.heated_at / HEAT_HALF_LIFE_S
 
     def event(self) -> AdapterEvent:
         """What the control plane is told about where it is."""

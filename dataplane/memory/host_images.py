@@ -18,7 +18,3 @@ class HostImages(Protocol):
     def get(self, digest: str) -> AdapterImage | None:
         """The image if it is in host memory."""
         ...
-
-    def digests(self) -> tuple[str, ...]:
-        """All that is in host memory."""
-        ...

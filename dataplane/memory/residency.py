@@ -5,20 +5,22 @@ Longer than most files here: every way in and out of the device must keep the sa
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from adapter_store.image import AdapterImage
 from dataplane.memory.adapter_copy import AdapterCopier
 from dataplane.memory.adapter_states import PLACES, AdapterEntry, AdapterState, Readiness
 from dataplane.memory.host_images import FetchResult, HostImages
-from dataplane.memory.idle_adapters import IdleAdapters, eviction_order
+from dataplane.memory.idle_adapters import IdleAdapters
 from dataplane.memory.page_pool import PageKind, PagePool
 from kernels.lora import LoraAdapter
 from protos.planes import AdapterEvent
 
 # Reads of the store at once that no admitted request waits for.
 MAX_PREFETCH_FETCHES = 4
+# Copies on their way past which none is started that no request waits for: one that a request waits for queues behind them.
+MAX_COPIES_AHEAD = 8
 
 
 class Residency:
@@ -92,13 +94,14 @@ class Residency:
         """Evicts idle adapters until that many pages are free; evicts none if it would not suffice."""
         if self._pool.num_free + self._idle.num_pages < num_pages:
             return False
-        if self._pool.num_free < num_pages:
-            self._evict_until(num_pages, self._idle)
+        while self._pool.num_free < num_pages:
+            self._evict(self._idle.next_of_all())
         return True
 
     def set_prefetch(self, digests: Sequence[str]) -> None:
         """Replaces the list of adapters that will be needed soon, soonest first."""
         self._prefetch = tuple(dict.fromkeys(digests))
+        self._idle.set_wanted(self._prefetch)
         self._prefetched.intersection_update(chain(self._prefetch, self._pinned))
 
     def set_pinned(self, digests: Sequence[str]) -> None:
@@ -114,7 +117,7 @@ class Residency:
         """Fetches what is wanted soon, and copies it to the device where that leaves the reserved pages free.
 
         Evicts only what is idle and not wanted itself. After the first that finds no room nothing is copied, for it is wanted
-        soonest; the rest is still fetched.
+        soonest; the rest is still fetched. No more than MAX_COPIES_AHEAD copies are on their way after this.
         """
         num_fetching = 0
         has_room = True
@@ -127,7 +130,7 @@ class Residency:
             if entry is None:
                 continue
             num_fetching += entry.state is AdapterState.FETCHING
-            if entry.state is AdapterState.HOST and has_room:
+            if entry.state is AdapterState.HOST and has_room and len(self._copying) < MAX_COPIES_AHEAD:
                 image = entry.image or self._host.get(digest)
                 has_room = image is None or self._activate_ahead(entry, image, num_reserved_pages)
 
@@ -154,8 +157,13 @@ class Residency:
 
     def complete_host_eviction(self, digest: str) -> None:
         """The host cache evicted this image some time ago."""
-        if digest in self._entries:
-            self._forget_if_gone(self._entries[digest])
+        entry = self._entries.get(digest)
+        if entry is None:
+            return
+        # It may be back by now.
+        entry.is_on_host = self._host.get(digest) is not None
+        self._idle.update_worth(entry)
+        self._forget_if_gone(entry)
 
     def poll_copies(self) -> bool:
         """Lets the adapters join whose copies are done. Returns whether one did."""
@@ -188,7 +196,7 @@ class Residency:
         idle = {digest for digest, entry in self._entries.items() if self._is_idle(entry)}
         counted = {entry.digest for entry in self._idle}
         assert idle == counted, f"idle adapters are {idle}, counted {counted}"
-        assert sum(len(entry.pages) for entry in self._idle) == self._idle.num_pages
+        self._idle.check_integrity()
         for digest, entry in self._entries.items():
             on_device = entry.state in (AdapterState.COPYING, AdapterState.DEVICE)
             assert on_device == bool(entry.pages), f"adapter {digest} is {entry.state.name} with {len(entry.pages)} pages"
@@ -205,12 +213,11 @@ class Residency:
 
     def _activate_ahead(self, entry: AdapterEntry, image: AdapterImage, num_reserved_pages: int) -> bool:
         """Activates an adapter that nobody waits for yet, from room that nobody else wants."""
-        wanted = {*self._prefetch, *self._pinned}
-        spare = self._idle.others(wanted)
         num_needed = image.num_pages + num_reserved_pages
-        if self._pool.num_free + sum(len(idle.pages) for idle in spare) < num_needed:
+        if self._pool.num_free + self._idle.num_unwanted_pages < num_needed:
             return False
-        self._evict_until(num_needed, spare)
+        while self._pool.num_free < num_needed:
+            self._evict(self._idle.next_unwanted())
         return self._activate(entry, image)
 
     def _activate(self, entry: AdapterEntry, image: AdapterImage) -> bool:
@@ -219,6 +226,7 @@ class Residency:
         if pages is None:
             return False
         entry.pages = pages
+        entry.is_on_host = self._host.get(entry.digest) is not None
         entry.copy = self._copier.start(image, pages)
         self._move(entry, AdapterState.COPYING)
         self._copying[entry.digest] = entry
@@ -231,29 +239,22 @@ class Residency:
         del self._copying[entry.digest]
         entry.image = None
         self._move(entry, AdapterState.DEVICE)
+        self._idle.update_worth(entry)
 
-    def _evict_until(self, num_free_pages: int, candidates: Iterable[AdapterEntry]) -> None:
-        """Evicts candidates, the least worth keeping first."""
-        on_host = frozenset(self._host.digests())
-        for entry in eviction_order(candidates, self._prefetch, on_host, self._clock()):
-            if self._pool.num_free >= num_free_pages:
-                return
-            self._evict(entry)
-
-    def _evict(self, entry: AdapterEntry) -> None:
+    def _evict(self, entry: AdapterEntry | None) -> None:
         """Takes an idle adapter off the device."""
-        assert entry.digest in self._idle, f"adapter {entry.digest} is evicted while in use or pinned"
+        assert entry is not None, "an idle adapter is to be evicted, and there is none"
         if entry.state is AdapterState.COPYING:
             assert entry.copy is not None
-            entry.copy.wait()
-            self._complete_copy(entry)
+            entry.copy.abandon()
+            del self._copying[entry.digest]
         self._pool.free(entry.pages, entry.owner)
         self._idle.update(entry, is_idle=False)
         entry.pages = ()
         entry.copy = None
-        is_on_host = self._host.get(entry.digest) is not None
-        self._move(entry, AdapterState.HOST if is_on_host else AdapterState.NONE)
-        if not is_on_host:
+        entry.is_on_host = self._host.get(entry.digest) is not None
+        self._move(entry, AdapterState.HOST if entry.is_on_host else AdapterState.NONE)
+        if not entry.is_on_host:
             del self._entries[entry.digest]
 
     def _forget_if_gone(self, entry: AdapterEntry) -> None:

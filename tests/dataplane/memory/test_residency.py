@@ -9,6 +9,7 @@ import pytest
 
 from dataplane.engine.inbox import AdapterFetched, HostImageEvicted
 from dataplane.memory.adapter_states import ALLOWED_MOVES, HEAT_HALF_LIFE_S, AdapterEntry, AdapterState, Readiness
+from dataplane.memory.residency import MAX_COPIES_AHEAD
 from protos.planes import AdapterPlace
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class ResidencyWorld:
         self.host = world.host
         self.residency = world.residency
         self.clock = world.clock
+        self.device = world.device
         self._inbox = world.inbox
 
     def settle(self) -> None:
@@ -288,6 +290,33 @@ def test_a_copy_that_nobody_waits_for_any_more_can_be_evicted(make_world: MakeWo
     assert world.residency.reclaim(2)
     assert world.pool.num_free == 2
     assert not world.residency.poll_copies()
+
+
+def test_what_is_still_being_copied_is_evicted_after_what_is_there(make_world: MakeWorld) -> None:
+    world = make_world(6, num_copy_polls=0)
+    world.use("aa")
+    world.residency.set_prefetch(["bb"])
+    world.residency.advance_prefetch(0)
+    world.settle()
+    world.use("aa", "aa")
+    world.device.num_copy_polls = 5
+    world.residency.advance_prefetch(0)
+    world.residency.set_prefetch([])
+    assert world.residency.reclaim(3)
+    assert (world.place("aa"), world.place("bb")) == (AdapterPlace.HOST, AdapterPlace.HOST)
+    assert world.residency.num_idle_pages == 2
+    assert world.residency.wait_for_copies()
+    assert world.on_device() == {"bb"}
+
+
+def test_copies_ahead_leave_the_way_free_for_the_first_that_a_request_waits_for(make_world: MakeWorld) -> None:
+    world = make_world(40, num_copy_polls=100)
+    world.prefetch(*map(chr, range(97, 120)))
+    assert world.pool.num_free == 40 - MAX_COPIES_AHEAD
+    world.residency.acquire("z")
+    world.settle()
+    assert world.residency.prepare("z", may_allocate=True) is Readiness.LOADING
+    assert world.pool.num_free == 39 - MAX_COPIES_AHEAD
 
 
 def test_releasing_more_often_than_acquiring_is_a_bug(make_world: MakeWorld) -> None:
