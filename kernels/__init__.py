@@ -1,1 +1,1 @@
-"""LoRA operations over the page pool: CUDA kernels and, beside each, its torch reference."""
+"""LoRA operations over the page pool, and truncation for sampling: CUDA kernels and, beside each, its torch reference."""

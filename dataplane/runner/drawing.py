@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dataplane.runner.sampling_row import SamplingRow
 from dataplane.runner.upload import Upload
+from kernels.truncation import Truncation
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -22,8 +23,10 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 class Draw:
     """One token for each row with a temperature: parameters are put together on the host, the rest happens on the device."""
 
-    def __init__(self, rows: Sequence[SamplingRow], drawn: Sequence[int], vocab_size: int, upload: Upload) -> None:
-        """drawn: the rows that have a temperature."""
+    def __init__(
+        self, rows: Sequence[SamplingRow], drawn: Sequence[int], vocab_size: int, truncate: Truncation, upload: Upload
+    ) -> None:
+        """drawn: the rows that have a temperature. truncate: does top_k and top_p."""
         truncated = [i for i in drawn if rows[i].sampling.top_k or rows[i].sampling.top_p < 1]
         if 0 < len(truncated) < len(drawn):
             # First those that are truncated, so that they can be had as a slice.
@@ -31,6 +34,7 @@ class Draw:
         samplings = [rows[i].sampling for i in drawn]
         self._is_all = list(drawn) == list(range(len(rows)))
         self._num_truncated = len(truncated)
+        self._truncate = truncate
         self._scale = weight_scale(vocab_size)
         self._indices = upload.put(np.array(drawn, dtype=np.int64))
         self._temperatures = upload.put(np.array([s.temperature for s in samplings], dtype=np.float64))
@@ -49,7 +53,7 @@ class Draw:
         logits = logits if self._is_all else logits.index_select(0, indices)
         weights = weights_of(logits, upload[self._temperatures].unsqueeze(1))
         if self._num_truncated:
-            truncate(weights[: self._num_truncated], upload[self._top_k], upload[self._top_p])
+            self._truncate(weights[: self._num_truncated], upload[self._top_k], upload[self._top_p])
         if self._has_min_p:
             weights.masked_fill_(weights < upload[self._least].unsqueeze(1), 0)
         # The inverse of the distribution function, in order of token id.
@@ -86,20 +90,3 @@ def weights_of(logits: torch.Tensor, temperatures: torch.Tensor | float) -> torc
     largest = logits.amax(dim=-1, keepdim=True).double()
     share = (logits - largest).div_(temperatures).exp_()
     return share.mul_(weight_scale(logits.shape[1])).nan_to_num_(nan=0.0).long()
-
-
-def truncate(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Keeps the top_k largest weights of a row, and of these the fewest whose share reaches top_p; the others become 0.
-
-    Of equals the lowest ids are kept.
-
-    weights: [num_rows, vocab] int64, in place. top_k: [num_rows] int64. top_p: [num_rows] float64.
-    """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    ordered.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k.unsqueeze(1), 0)
-    sums = ordered.cumsum(dim=-1)
-    total = sums[:, -1]
-    # A token stays while those before it fall short of this. 1 keeps all, whatever the rounding; the first always stays.
-    wanted = torch.where(top_p < 1, (top_p * total.double()).ceil().long(), total).clamp_(min=1)
-    ordered.masked_fill_(sums - ordered >= wanted.unsqueeze(1), 0)
-    weights.scatter_(1, order, ordered)

@@ -12,6 +12,7 @@ from dataplane.runner.logprobs import Logprobs
 from dataplane.runner.penalties import Penalties
 from dataplane.runner.sampling_row import SampledToken, SamplingRow
 from dataplane.runner.upload import Upload
+from kernels.truncation import truncation
 from protos.planes import StepLogprobs
 
 __all__ = ["LaunchedSamples", "SampledToken", "Sampler", "SamplingRow"]
@@ -55,6 +56,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
+        self._truncate = truncation(device)
         self._chosen = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
 
     @property
@@ -73,7 +75,7 @@ class Sampler:
         drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
         upload = Upload(self._device)
         penalties = Penalties(rows, self._eos_token_ids, self._vocab_size, upload)
-        draw = Draw(rows, drawn, self._vocab_size, upload) if drawn else None
+        draw = Draw(rows, drawn, self._vocab_size, self._truncate, upload) if drawn else None
         num_top = [rows[i].sampling.num_logprobs or 0 for i in asked]
         logprobs = Logprobs(asked, num_top, self._vocab_size, upload) if asked else None
         upload.send()
