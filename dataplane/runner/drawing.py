@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dataplane.runner.sampling_row import SamplingRow
 from dataplane.runner.upload import Upload
 from kernels.truncation import Truncation
+from protos.planes import EngineSampling
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -27,25 +28,23 @@ class Draw:
         self, rows: Sequence[SamplingRow], drawn: Sequence[int], vocab_size: int, truncate: Truncation, upload: Upload
     ) -> None:
         """drawn: the rows that have a temperature. truncate: does top_k and top_p."""
-        truncated = [i for i in drawn if rows[i].sampling.top_k or rows[i].sampling.top_p < 1]
-        if 0 < len(truncated) < len(drawn):
-            # First those that are truncated, so that they can be had as a slice.
-            drawn = truncated + [i for i in drawn if not (rows[i].sampling.top_k or rows[i].sampling.top_p < 1)]
+        # First those that are truncated, so that they can be had as a slice.
+        drawn = sorted(drawn, key=lambda i: not _is_truncated(rows[i].sampling))
         samplings = [rows[i].sampling for i in drawn]
-        self._is_all = list(drawn) == list(range(len(rows)))
+        truncated = [s for s in samplings if _is_truncated(s)]
+        self._is_all = drawn == list(range(len(rows)))
         self._num_truncated = len(truncated)
         self._truncate = truncate
-        self._scale = weight_scale(vocab_size)
         self._indices = upload.put(np.array(drawn, dtype=np.int64))
         self._temperatures = upload.put(np.array([s.temperature for s in samplings], dtype=np.float64))
         self._uniforms = upload.put(uniforms([s.seed for s in samplings], [rows[i].position for i in drawn]))
         if truncated:
-            top_ks = [min(s.top_k or vocab_size, vocab_size) for s in samplings[: len(truncated)]]
-            self._top_k = upload.put(np.array(top_ks, dtype=np.int64))
-            self._top_p = upload.put(np.array([s.top_p for s in samplings[: len(truncated)]], dtype=np.float64))
+            self._top_k = upload.put(np.array([min(s.top_k or vocab_size, vocab_size) for s in truncated], dtype=np.int64))
+            self._top_p = upload.put(np.array([s.top_p for s in truncated], dtype=np.float64))
         self._has_min_p = any(s.min_p for s in samplings)
         if self._has_min_p:
-            self._least = upload.put(np.ceil(np.array([s.min_p for s in samplings]) * self._scale).astype(np.int64))
+            least = np.array([s.min_p for s in samplings], dtype=np.float64) * weight_scale(vocab_size)
+            self._least = upload.put(np.ceil(least).astype(np.int64))
 
     def into(self, token_ids: torch.Tensor, logits: torch.Tensor, upload: Upload) -> None:
         """Writes the tokens drawn in their rows of token_ids, [num_rows] int64. logits: [num_rows, vocab] float32."""
@@ -63,6 +62,10 @@ class Draw:
         drawn = torch.searchsorted(sums, target, right=True).squeeze(1)
         # Clamped for rows without any weight, whose token is thrown away.
         token_ids.index_copy_(0, indices, drawn.clamp_(max=logits.shape[1] - 1))
+
+
+def _is_truncated(sampling: EngineSampling) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:

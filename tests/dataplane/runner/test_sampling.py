@@ -409,3 +409,24 @@ def test_a_launch_waits_for_nothing() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(token.token_id is not None for token in launched.wait())
+
+
+@pytest.mark.gpu
+def test_both_devices_choose_the_same_tokens() -> None:
+    logits = torch.randn(42, 32000, generator=torch.Generator().manual_seed(2)) * 2
+    # As a model in bfloat16 gives them: with many equals.
+    logits[21:] = logits[21:].bfloat16().float()
+    drawn = {"temperature": 1.3, "num_logprobs": 5}
+    kinds: list[dict[str, Any]] = [
+        {"num_logprobs": 20},
+        drawn,
+        drawn | {"top_p": 0.95},
+        drawn | {"top_k": 50, "top_p": 0.7},
+        drawn | {"top_k": 3000, "min_p": 0.001},
+        drawn | {"repetition_penalty": 1.3, "presence_penalty": 0.3, "frequency_penalty": 0.2, "top_p": 0.999},
+        {"repetition_penalty": 1.7, "min_tokens": 99, "stop_token_ids": (0, 7)},
+    ]
+    rows = [_row(prompt=range(100), output=[i, i, i + 1], seed=i, **kinds[i % 7]) for i in range(42)]
+    on_cpu, on_cuda = (sample(logits, rows, torch.device(device), [3]) for device in ("cpu", "cuda"))
+    for found, expected in zip(on_cuda, on_cpu, strict=True):
+        _assert_equal(found, expected)
