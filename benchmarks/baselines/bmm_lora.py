@@ -128,7 +128,7 @@ class BmmLoraOps(LoraOps):
         joined = torch.from_numpy(np.concatenate(arrays))
         if self._device.type == "cuda":
             joined = joined.pin_memory().to(self._device, non_blocking=True)
-        return joined.split([len(array) for array in arrays])
+        return joined.split_with_sizes([len(array) for array in arrays])
 
     def add(
         self, y: torch.Tensor, x: torch.Tensor, layer_pool: torch.Tensor, plan: LoraPlan, targets: Sequence[LoraTarget]

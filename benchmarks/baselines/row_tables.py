@@ -59,7 +59,7 @@ class RowTables:
         An adapter without a module has a row of another one that has it, and no scaling: such a row is finite, as whatever else
         lies in the pool may not be, and nothing comes of it.
         """
-        places, donors = numbers.split([len(numbers) - len(self._modules), len(self._modules)])
+        places, donors = numbers.split_with_sizes([len(numbers) - len(self._modules), len(self._modules)])
         rows = self._rows[:, :, :, : chosen.rank].index_select(0, places)
         donated = rows[donors, torch.arange(len(self._modules), device=rows.device)]
         return torch.where(rows == _NO_ROW, donated, rows), self._scaling[:, :, : chosen.rank].index_select(0, places)

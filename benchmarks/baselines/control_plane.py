@@ -1,0 +1,28 @@
+"""A control plane for a baseline: admission counts slots where adapters have slots; for any other baseline it is the real one.
+
+`python -m benchmarks.baselines.control_plane --baseline no-unify` takes the options of `python -m controlplane` beside its own.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from unittest.mock import patch
+
+from benchmarks.baselines.options import Baseline, parse_options
+from benchmarks.baselines.slot_ledger import SlotScheduler
+from controlplane.__main__ import main as serve_control_plane
+from controlplane.dispatch import dispatcher
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until a signal; the exit code."""
+    options = parse_options("python -m benchmarks.baselines.control_plane", sys.argv[1:] if argv is None else argv)
+    if options.baseline is not Baseline.NO_UNIFY:
+        return serve_control_plane(options.others)
+    # The service has no use for another scheduler, so there is no option for one: for the life of this process it has this one.
+    with patch.object(dispatcher, "Scheduler", partial(SlotScheduler, options.num_slots)):
+        return serve_control_plane(options.others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
