@@ -1,10 +1,13 @@
 """Writes docs/performance.md from the result files: `make report`. Measures nothing and judges nothing."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.result_file import RESULTS
+from benchmarks.soak.section import soak_section
+from benchmarks.steps.section import steps_section
 
 PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 
@@ -59,7 +62,7 @@ def _kernels(result: dict[str, Any]) -> list[str]:
         ]
         for row in result["rows"]
     ]
-    return [KERNELS.format(**result), *_table(["", "ours", "target", "floor", "TB/s", "padded bmm", "loop"], rows)]
+    return [KERNELS.format(**result), *table(["", "ours", "target", "floor", "TB/s", "padded bmm", "loop"], rows)]
 
 
 def _control_plane(result: dict[str, Any]) -> list[str]:
@@ -76,18 +79,18 @@ def _control_plane(result: dict[str, Any]) -> list[str]:
     scheduling = result["scheduling"]
     return [
         CONTROL_PLANE.format(**result),
-        *_table(["", "bare echo", "service", "ratio"], rows),
+        *table(["", "bare echo", "service", "ratio"], rows),
         "",
         SCHEDULING.format(**scheduling),
     ]
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"kernels": _kernels, "control_plane": _control_plane}
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "kernels": _kernels,
+    "engine": steps_section,
+    "churn": soak_section,
+    "control_plane": _control_plane,
+}
 
 
 def _source(name: str, result: dict[str, Any]) -> str:

@@ -1,0 +1,9 @@
+"""Tables in Markdown, for the report. Knows no result."""
+
+from collections.abc import Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first column names, the others count."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]

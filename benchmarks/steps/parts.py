@@ -1,0 +1,181 @@
+"""The parts of a decode step, each alone: its GEMMs, its attention, its LoRA operation, and the model without the host around it.
+
+On CUDA each part is one captured graph, timed over replays; elsewhere it is run as it is. Every part reads the pages that the
+step itself read.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from benchmarks.steps.bench import StepBench
+from dataplane.attention.choice import attention_backend
+from dataplane.attention.interface import AttentionShape, KvPages
+from dataplane.model.decoder import lora_groups
+from dataplane.model.step_inputs import StepInputs
+from kernels.backend import lora_ops
+from kernels.lora import LoraLaunches
+from kernels.plan_layout import LoraLimits
+
+NUM_REPLAYS = 20
+NUM_WARMUP = 3
+# Layers whose weights the GEMMs alone cycle through: before a matrix comes round again, many times the L2 cache has been read.
+NUM_GEMM_LAYERS = 2
+# The floor's assumption: what a plain kernel reads and writes on an H200.
+FLOOR_TB_PER_S = 4.3
+
+
+@dataclass(frozen=True, slots=True)
+class BaseParts:
+    """Milliseconds of what every step of that batch has. attention_bytes: of keys and values that are read."""
+
+    gemm_ms: float
+    attention_ms: float
+    attention_bytes: int
+
+    @property
+    def floor_ms(self) -> float:
+        """The GEMMs, and attention at the speed of memory."""
+        return self.gemm_ms + self.attention_bytes / FLOOR_TB_PER_S / 1e9
+
+
+class StepParts:
+    """Times the parts of the step that a bench launched last. Has operations of its own, so that nobody's plans are disturbed."""
+
+    def __init__(self, bench: StepBench) -> None:
+        loaded = bench.loaded
+        config, limits = loaded.config, loaded.limits
+        self._bench = bench
+        self._dtype, self._device = loaded.pool.dtype, loaded.device
+        self._groups = lora_groups(config)
+        lora_limits = LoraLimits(limits.token_budget, limits.max_num_seqs, loaded.geometry.max_lora_rank)
+        self._lora = lora_ops(self._groups, self._dtype, self._device, lora_limits)
+        windows = frozenset(config.layer_windows)
+        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, limits.page_tokens, windows)
+        self._attention = attention_backend(shape, self._dtype, self._device)
+        if self._attention.can_be_captured:
+            max_rows = 2 * limits.max_num_seqs  # however steps are padded
+            self._attention = self._attention.for_decode_graphs(max_rows, limits.num_pages + max_rows, limits.num_pages)
+        qkv_dim = config.q_dim + 2 * config.kv_dim
+        features = (
+            (config.hidden_size, qkv_dim),
+            (config.q_dim, config.hidden_size),
+            (config.hidden_size, 2 * config.intermediate_size),
+            (config.intermediate_size, config.hidden_size),
+        )
+        self._matrices = [[self._random(n, m, std=m**-0.5) for m, n in features] for _ in range(NUM_GEMM_LAYERS)]
+        self._lm_head = self._random(config.vocab_size, config.hidden_size, std=config.hidden_size**-0.5)
+
+    @torch.inference_mode()
+    def base(self) -> BaseParts:
+        """What the last step has without adapters."""
+        inputs = self._inputs()
+        geometry = self._bench.loaded.geometry
+        num_read = int(inputs.host.context_lens.sum())
+        num_bytes = num_read * 2 * geometry.kv_dim * geometry.dtype_bytes * geometry.num_layers
+        return BaseParts(self._gemm_ms(inputs), self._attention_ms(inputs), num_bytes)
+
+    @torch.inference_mode()
+    def lora_ms(self) -> float:
+        """The last step's LoRA operation in all layers; 0 if it has none."""
+        inputs = self._inputs()
+        step, pool, lora = inputs.host, self._bench.loaded.pool, self._lora
+        launches = LoraLaunches.DECODE if lora.can_be_captured else LoraLaunches.AS_NEEDED
+        plan = lora.plan(step.adapter_index, step.adapters, launches)
+        if plan.is_empty:
+            return 0.0
+        calls = []
+        for targets in filter(plan.changes, self._groups):
+            width = max(target.out_start + target.out_features for target in targets)
+            y, x = (self._random(step.num_tokens, n) for n in (width, targets[0].in_features))
+            calls.append((y, x, targets))
+
+        def run() -> None:
+            lora.begin(plan)
+            for layer in pool:
+                for y, x, targets in calls:
+                    lora.add(y, x, layer.view(-1), plan, targets)
+
+        return time_ms(run, self._device)
+
+    @torch.inference_mode()
+    def forward_ms(self) -> float:
+        """The model's part of the last step, launched again and again without waiting: the device's time, if it is the bound."""
+        inputs, loaded = self._inputs(), self._bench.loaded
+
+        def run() -> None:
+            for _ in range(NUM_REPLAYS):
+                loaded.model.forward(inputs, loaded.pool)
+
+        run()
+        return _elapsed_ms(run, self._device) / NUM_REPLAYS
+
+    def _inputs(self) -> StepInputs:
+        inputs = self._bench.recorder.inputs
+        assert inputs is not None, "no step was launched yet"
+        return inputs
+
+    def _gemm_ms(self, inputs: StepInputs) -> float:
+        config = self._bench.loaded.config
+        num_rows = len(inputs.token_ids)
+        x = {m.shape[1]: self._random(num_rows, m.shape[1]) for m in (*self._matrices[0], self._lm_head)}
+
+        def run() -> None:
+            for i in range(config.num_layers):
+                for matrix in self._matrices[i % NUM_GEMM_LAYERS]:
+                    functional.linear(x[matrix.shape[1]], matrix)
+            functional.linear(x[self._lm_head.shape[1]], self._lm_head)
+
+        return time_ms(run, self._device)
+
+    def _attention_ms(self, inputs: StepInputs) -> float:
+        """Writing keys and values, and attending to all of them."""
+        config, attention = self._bench.loaded.config, self._attention
+        num_rows = len(inputs.token_ids)
+        q, out = (self._random(num_rows, config.num_heads, config.head_dim) for _ in range(2))
+        k, v = (self._random(num_rows, config.num_kv_heads, config.head_dim) for _ in range(2))
+        plan = attention.plan(inputs, q, out)
+        layers = [KvPages.of(layer, config.num_kv_heads, config.head_dim) for layer in self._bench.loaded.pool]
+
+        def run() -> None:
+            for pages, window in zip(layers, config.layer_windows, strict=True):
+                attention.append(k, v, pages, inputs)
+                attention.attend(plan, pages, window)
+
+        return time_ms(run, self._device)
+
+    def _random(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(std=std)
+
+
+def time_ms(run: Callable[[], None], device: torch.device) -> float:
+    """Median of several runs, as replays of a graph on CUDA."""
+    if device.type != "cuda":
+        return statistics.median(_elapsed_ms(run, device) for _ in range(NUM_WARMUP))
+    # Off the default stream, as capturing wants it, and behind everything that was launched there.
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return statistics.median([_elapsed_ms(graph.replay, device) for _ in range(NUM_WARMUP + NUM_REPLAYS)][NUM_WARMUP:])
+
+
+def _elapsed_ms(run: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        started_at = time.perf_counter()
+        run()
+        return (time.perf_counter() - started_at) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end))

@@ -1,0 +1,170 @@
+"""The part of the report about steps of the engine. Measures nothing and judges nothing."""
+
+from typing import Any
+
+from benchmarks.markdown import table
+
+Json = dict[str, Any]
+
+STEPS = """## A step of the engine
+
+Decoding requests of {context} tokens, {dtype}, {shape} shape with adapters on q, k, v and o; random weights. A step is packed,
+launched and sampled as in the service, one ahead of the device. */ base*: over the same batch without adapters, measured before
+and after in the same run. *LoRA*: its kernels alone. *host*: what the host does in a step; while that is below the step, the
+device is the bound. Milliseconds, medians.
+"""
+
+PARTS = """Where the time of base-only steps goes. *GEMM* and *attention*: alone, each as one CUDA graph. *other*: norms,
+rotary positions, activations and gaps. *beside*: what a step takes beyond the model itself. *floor*: GEMM, and the bytes of
+attention at {floor_tb_per_s} TB/s.
+"""
+
+PROMPTS = """Steps in which a prompt joins the requests that decode, and one prompt alone.
+"""
+
+MIXED_BATCH = """Base-only requests beside others: {requests} requests of which half have adapters take {mixed_ms:.2f} ms. The
+half with adapters takes {half_lora_ms:.2f} alone, as many more base-only rows cost {more_ms:.2f}: {excess:+.1%} of their sum."""
+
+WITHOUT_LORA = """A batch of {most_adapters} without adapters takes {base_ms:.2f} ms, {excess:+.1%} of what it takes where
+there is no LoRA at all, and {drawn_ms:.2f} ms when its tokens are drawn by temperature and top_p."""
+
+WIDE = """{wide_shape} shape, {batch} requests of as many adapters on all seven linear modules, ranks {ranks}.
+"""
+
+WIDE_LORA = """The adapters have {gigabytes:.1f} GB of weights, each read once a step: {floor_ms:.2f} ms at {tb_per_s} TB/s.
+Their kernels alone take {lora_ms:.2f} ms, {times_floor:.2f} times that, and add {added_ms:.2f} ms to the step{overlap}.
+{largest} the largest part, {share:.0%} of the step."""
+
+
+def steps_section(result: Json) -> list[str]:
+    """What benchmarks.engine measured."""
+    lines = [STEPS.format(**result)]
+    if "decode" in result:
+        lines += [*_decode(result["decode"]), "", PARTS.format(**result), *_parts(result["decode"]), ""]
+    if "mixed_batch" in result:
+        lines += [_mixed_batch(result["mixed_batch"])]
+    if "without_lora" in result and "base_only" in result:
+        lines += [_without_lora(result)]
+    if "prompts" in result:
+        lines += ["", PROMPTS, *_prompts(result["prompts"])]
+    if "wide" in result:
+        lines += ["", *_wide(result)]
+    failed = [claim for claim in result["claims"] if not claim["holds"]]
+    lines += [
+        "",
+        f"Of {len(result['claims'])} limits {len(result['claims']) - len(failed)} hold{'; over are:' if failed else '.'}",
+        "",
+    ]
+    return lines + [f"- {claim['what']}: {claim['value']:.3f}, limit {claim['limit']:g}" for claim in failed]
+
+
+def _decode(rows: list[Json]) -> list[str]:
+    body = [
+        [
+            f"{_requests(row)}, {_adapters(row)}",
+            f"{row['step_ms']:.2f}",
+            f"{row['times_base']:.2f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['lora_ms']:.2f}" if row["num_adapters"] else "",
+            f"{row['host_ms']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(["", "step", "/ base", "tokens/s", "LoRA", "host"], body)
+
+
+def _parts(rows: list[Json]) -> list[str]:
+    columns = (
+        "step_ms",
+        "gemm_ms",
+        "attention_ms",
+        "other_device_ms",
+        "beside_forward_ms",
+        "launch_ms",
+        "floor_ms",
+        "times_floor",
+    )
+    body = [[_requests(row), *(f"{row[name]:.2f}" for name in columns)] for row in rows if not row["num_adapters"]]
+    return table(["", "step", "GEMM", "attention", "other", "beside", "launch (host)", "floor", "/ floor"], body)
+
+
+def _mixed_batch(row: Json) -> str:
+    return MIXED_BATCH.format(**row, more_ms=row["base_ms"] - row["half_ms"])
+
+
+def _without_lora(result: Json) -> str:
+    base_ms, without_ms = result["base_only"]["step_ms"], result["without_lora"]["step_ms"]
+    drawn_ms = result["base_only_drawn"]["step_ms"]
+    excess = base_ms / without_ms - 1
+    return WITHOUT_LORA.format(most_adapters=result["most_adapters"], base_ms=base_ms, excess=excess, drawn_ms=drawn_ms)
+
+
+def _prompts(rows: list[Json]) -> list[str]:
+    body = [
+        [
+            f"{row['decodes']} + {row['prompt_tokens']} tokens, {_adapters(row)}",
+            f"{row['step_ms']:.2f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['launch_ms']:.2f}",
+            f"{row['host_ms']:.2f}",
+            f"{row['wait_share']:.0%}",
+        ]
+        for row in rows
+    ]
+    return table(["", "step", "tokens/s", "launch", "host", "host waits"], body)
+
+
+def _wide(result: Json) -> list[str]:
+    base, lora = result["wide"]
+    ranks = lora["adapters"].partition("ranks ")[2]
+    columns = ("step_ms", "times_base", "gemm_ms", "attention_ms", "lora_ms", "other_device_ms", "beside_forward_ms", "host_ms")
+    body = [[row["adapters"], *(f"{row[name]:.2f}" for name in columns)] for row in (base, lora)]
+    head = ["adapters", "step", "/ base", "GEMM", "attention", "LoRA", "other", "beside", "host"]
+    return [
+        WIDE.format(**result, batch=lora["batch"], ranks=ranks),
+        *table(head, body),
+        "",
+        explain_wide(base, lora, result["floor_tb_per_s"]),
+    ]
+
+
+def explain_wide(base: Json, lora: Json, tb_per_s: float) -> str:
+    """In words: what the adapters cost, and why."""
+    floor_ms = lora["lora_bytes"] / tb_per_s / 1e9
+    added_ms = lora["step_ms"] - base["step_ms"]
+    hidden_ms = lora["lora_ms"] - added_ms
+    overlap = ""
+    if abs(hidden_ms) > 0.05 * lora["lora_ms"]:
+        overlap = f", {abs(hidden_ms):.2f} ms " + (
+            "less than alone, as they overlap others" if hidden_ms > 0 else "more than alone"
+        )
+    largest = max(_PART_NAMES, key=lambda part: float(lora[part]))
+    return WIDE_LORA.format(
+        gigabytes=lora["lora_bytes"] / 1e9,
+        floor_ms=floor_ms,
+        tb_per_s=tb_per_s,
+        lora_ms=lora["lora_ms"],
+        times_floor=lora["lora_ms"] / floor_ms,
+        added_ms=added_ms,
+        overlap=overlap,
+        largest=_PART_NAMES[largest],
+        share=lora[largest] / lora["step_ms"],
+    )
+
+
+_PART_NAMES = {
+    "gemm_ms": "The base model's GEMMs are",
+    "attention_ms": "Attention is",
+    "lora_ms": "LoRA is",
+    "other_device_ms": "What is neither GEMM, attention nor LoRA is",
+}
+
+
+def _requests(row: Json) -> str:
+    return f"{row['batch']} request{'s' if row['batch'] > 1 else ''}"
+
+
+def _adapters(row: Json) -> str:
+    if "rank" in row:
+        return f"{row['adapters']} adapters of rank {row['rank']}" if row["adapters"] else "base model"
+    return f"adapters: {row['adapters']}" if row["num_adapters"] else "base model"

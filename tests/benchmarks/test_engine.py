@@ -1,0 +1,37 @@
+"""The benchmark of steps in small, on the CPU: every section runs, the report can be written, and its own arithmetic is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import engine, report
+from benchmarks.steps.claims import claims
+from benchmarks.steps.settings import SETTINGS
+
+
+def test_every_section_is_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "engine.json"
+    assert engine.main(["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    tiny = SETTINGS["tiny"]
+    assert {row["batch"] for row in result["decode"]} == set(tiny.batches)
+    for row in (*result["decode"], *result["wide"]):
+        parts = row["gemm_ms"] + row["attention_ms"] + row["lora_ms"] + row["other_device_ms"]
+        assert parts == pytest.approx(row["forward_ms"])
+        assert (row["lora_ms"] > 0) == (row["num_adapters"] > 0)
+    # 4 adapters of ranks 1 to 4 on all modules of 2 layers: 8 times 64, 64 times 64 + 32 twice, 64 + 160 three times.
+    assert result["wide"][1]["lora_bytes"] == 4 * 2 * (1 + 2 + 3 + 4) * (2 * 128 + 2 * 96 + 3 * 224)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
+    report.main()
+    assert "## A step of the engine" in (tmp_path / "performance.md").read_text()
+
+
+def test_claims_are_judged_by_what_was_measured() -> None:
+    row = {"batch": 32, "adapters": "32 of rank 16", "num_adapters": 32, "times_base": 1.16}
+    base = {"batch": 32, "adapters": "none", "num_adapters": 0, "times_base": 1.0, "times_floor": 1.25}
+    mixed = {"requests": 64, "mixed_ms": 5.0, "expected_ms": 5.0}
+    found = claims({"decode": [base, row], "mixed_batch": mixed})
+    assert [claim["holds"] for claim in found] == [True, False, True]
+    assert claims({}) == []
