@@ -4,12 +4,15 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+_NUMBERS = re.compile(r"\[([\s\d.,eE+-]+)\]")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -32,9 +35,11 @@ def write_result(
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "commit": commit or checkout_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
     }
-    path.write_text(json.dumps({**about, **measured}, indent=2) + "\n")
+    text = json.dumps({**about, **measured}, indent=2)
+    # A list of numbers is one line, however long: a series has no use for a line each.
+    path.write_text(_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def cpu_name() -> str:
