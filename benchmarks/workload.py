@@ -17,8 +17,8 @@ from benchmarks.serving.trace import TraceRequest, to_line
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
-# Prompts and outputs are uniform on [8, 512), each.
-MIN_TOKENS, MAX_TOKENS = 8, 512
+# Prompts and outputs have lengths uniform on [8, 512), each.
+LENGTHS = (8, 512)
 SEED = 42
 SATURATED_REQUESTS = 400
 
@@ -65,7 +65,13 @@ class Popularity:
 
 
 def open_loop_trace(
-    popularity: Popularity, *, rate: float, duration_s: float, cv: float = 1.0, seed: int = SEED
+    popularity: Popularity,
+    *,
+    rate: float,
+    duration_s: float,
+    cv: float = 1.0,
+    seed: int = SEED,
+    lengths: tuple[int, int] = LENGTHS,
 ) -> tuple[TraceRequest, ...]:
     """int(rate·duration_s) arrivals of a Gamma renewal process: `rate` a second, coefficient of variation `cv` (1 is Poisson).
 
@@ -78,18 +84,22 @@ def open_loop_trace(
     if num_requests < 1:
         raise ValueError(f"{rate:g} requests/s for {duration_s:g} s are no request at all")
     draw = np.random.RandomState(seed)
-    requests = _draw_requests(draw, popularity, num_requests)
+    requests = _draw_requests(draw, popularity, num_requests, lengths)
     arrivals = np.cumsum(draw.gamma(1 / cv**2, cv**2 / rate, num_requests))
     return _trace(requests, arrivals)
 
 
 def saturated_trace(
-    popularity: Popularity, *, num_requests: int = SATURATED_REQUESTS, seed: int = SEED
+    popularity: Popularity,
+    *,
+    num_requests: int = SATURATED_REQUESTS,
+    seed: int = SEED,
+    lengths: tuple[int, int] = LENGTHS,
 ) -> tuple[TraceRequest, ...]:
     """All requests at once: measures what a service can do, where an open loop may measure its own rate."""
     if num_requests < 1:
         raise ValueError(f"num_requests is {num_requests}; it must be 1 or more")
-    requests = _draw_requests(np.random.RandomState(seed), popularity, num_requests)
+    requests = _draw_requests(np.random.RandomState(seed), popularity, num_requests, lengths)
     return _trace(requests, np.zeros(num_requests))
 
 
@@ -102,13 +112,15 @@ class _Requests:
     output_tokens: npt.NDArray[np.int64]
 
 
-def _draw_requests(draw: np.random.RandomState, popularity: Popularity, num_requests: int) -> _Requests:
+def _draw_requests(draw: np.random.RandomState, popularity: Popularity, num_requests: int, lengths: tuple[int, int]) -> _Requests:
+    if not 1 <= lengths[0] < lengths[1]:
+        raise ValueError(f"lengths are from {lengths[0]} to below {lengths[1]}; that must be 1 or more, and not empty")
     # Drawn without adapters too, so that the base model gets the lengths that the adapters get.
     x = draw.power(popularity.alpha, num_requests)
     # Rounding may make an X of exactly 1.
     adapters = np.minimum((popularity.num_adapters * x).astype(np.int64), popularity.num_adapters - 1)
-    input_tokens = draw.randint(MIN_TOKENS, MAX_TOKENS, num_requests)
-    return _Requests(adapters, input_tokens, draw.randint(MIN_TOKENS, MAX_TOKENS, num_requests))
+    input_tokens = draw.randint(*lengths, num_requests)
+    return _Requests(adapters, input_tokens, draw.randint(*lengths, num_requests))
 
 
 def _trace(requests: _Requests, arrivals: npt.NDArray[np.float64]) -> tuple[TraceRequest, ...]:

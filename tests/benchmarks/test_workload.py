@@ -6,8 +6,7 @@ import pytest
 from benchmarks.serving.trace import TraceRequest
 from benchmarks.workload import (
     ALL_LINEAR,
-    MAX_TOKENS,
-    MIN_TOKENS,
+    LENGTHS,
     SETTINGS,
     Popularity,
     open_loop_trace,
@@ -42,10 +41,12 @@ def test_the_first_adapter_gets_its_share(alpha: float, num_adapters: int) -> No
 
 
 def test_lengths_are_uniform_within_their_bounds() -> None:
-    trace = saturated_trace(Popularity(7), num_requests=50_000)
-    for lengths in ([r.input_tokens for r in trace], [r.output_tokens for r in trace]):
-        assert (min(lengths), max(lengths)) == (MIN_TOKENS, MAX_TOKENS - 1)
-        assert np.mean(lengths) == pytest.approx((MIN_TOKENS + MAX_TOKENS - 1) / 2, rel=0.01)
+    assert LENGTHS == (8, 512)
+    for low, high in (LENGTHS, (3, 20)):
+        trace = saturated_trace(Popularity(7), num_requests=50_000, lengths=(low, high))
+        for lengths in ([r.input_tokens for r in trace], [r.output_tokens for r in trace]):
+            assert (min(lengths), max(lengths)) == (low, high - 1)
+            assert np.mean(lengths) == pytest.approx((low + high - 1) / 2, rel=0.01)
 
 
 def test_the_saturated_trace_is_the_one_that_peers_were_measured_with() -> None:
@@ -89,6 +90,8 @@ def test_what_cannot_be_drawn_is_refused_with_its_value() -> None:
         open_loop_trace(Popularity(3), rate=0.1, duration_s=5)
     with pytest.raises(ValueError, match=r"num_requests is 0"):
         saturated_trace(Popularity(3), num_requests=0)
+    with pytest.raises(ValueError, match=r"lengths are from 9 to below 9"):
+        saturated_trace(Popularity(3), lengths=(9, 9))
 
 
 def test_settings_are_those_of_the_paper_and_one_of_today() -> None:
