@@ -105,8 +105,8 @@ def _existing_dir(text: str) -> Path:
 
 def _model_dir(text: str) -> Path:
     path = _existing_dir(text)
-    if not (path / "tokenizer.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} has no tokenizer.json")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "config.json")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a model directory: it has neither tokenizer.json nor config.json")
     return path
 
 

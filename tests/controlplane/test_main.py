@@ -124,7 +124,7 @@ def test_the_command_line_becomes_the_configuration(base: Path, tmp_path: Path) 
     ("flag", "value", "words"),
     [
         ("--model", "/nowhere", "is not a directory"),
-        ("--model", os.sep, "has no tokenizer.json"),
+        ("--model", os.sep, "has neither tokenizer.json nor config.json"),
         ("--adapter-root", "/nowhere", "is not a directory"),
         ("--max-waiting", "0", "is not a whole number above 0"),
         ("--drain-timeout", "-1", "is not a number of seconds from 0 to 3600"),
