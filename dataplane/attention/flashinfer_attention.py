@@ -3,212 +3,158 @@
 Knows pages and slots as numbers, like the interface it implements; whether FlashInfer can serve a model is decided elsewhere.
 """
 
-import importlib
-import warnings
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
-import numpy
+import numpy as np
 import torch
 
-from dataplane.attention.interface import AttentionBackend, AttentionPlan, AttentionShape
-from dataplane.model.step_inputs import StepInputs
+from dataplane.attention.flashinfer_decode_graphs import FlashInferDecodeGraphs
+from dataplane.attention.flashinfer_wrappers import WindowWrappers, make_workspace
+from dataplane.attention.interface import AttentionBackend, AttentionPlan, AttentionShape, KvPages
+from dataplane.attention.read_pages import ReadPages
+from dataplane.attention.staged_ints import StagedInts
+from dataplane.flashinfer_library import import_flashinfer
+from dataplane.model.step_inputs import StepArrays, StepInputs
 
-# Query heads per KV head for which the kernels without tensor cores exist and read K and V at least as fast.
-_CUDA_CORE_GROUPS = (1, 2)
-# Of a split call: query rows of a tile at most, and tiles that share a multiprocessor.
-_MAX_TILE_ROWS = 128
-_TILES_PER_PROCESSOR = 2
-_MIN_WORKSPACE_BYTES = 64 << 20
+# Rows whose numbers are held ready; a step of more makes its own.
+_MAX_NUMBERED_ROWS = 1 << 16
+_FIRST_STAGED_INTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlashInferPlan(AttentionPlan):
-    """Where K and V go, and how many leading rows decode. FlashInfer's own plans live in its wrappers until the next step's.
+    """The rows that decode and those that do not, none of which may be there. The rest lives in FlashInfer's wrappers."""
 
-    rows: [T + 1] int32, 0, 1, 2, ...
-    slot_pages, slot_offsets: [T] int32, page of each token and its place there.
-    """
-
-    rows: torch.Tensor
-    slot_pages: torch.Tensor
-    slot_offsets: torch.Tensor
-    num_decode_rows: int
+    decode_q: torch.Tensor | None
+    decode_out: torch.Tensor | None
+    prefill_q: torch.Tensor | None
+    prefill_out: torch.Tensor | None
 
 
 class FlashInferAttention(AttentionBackend):
     """One decode call for the requests of one row that lead the step, one prefill call for all others.
 
-    `plan` does all that a host must do and leaves what kernels read in buffers of this object and of FlashInfer's wrappers; `run`
-    only launches. A captured decode step therefore needs no more than wrappers made for CUDA graphs. One plan lives at a time.
+    `plan` does all that a host must do and leaves what kernels read in buffers of this object and of FlashInfer's wrappers;
+    `append` and `attend` only launch. One plan lives at a time.
     """
 
     def __init__(self, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         """Compiles the kernels, or loads them where this machine has compiled them before."""
         self._shape = shape
-        self._flashinfer = _import_flashinfer()
-        workspace = torch.empty(_workspace_bytes(shape, device), dtype=torch.uint8, device=device)
-        self._calls = {window: _WindowCalls(self._flashinfer, shape, dtype, window, workspace) for window in shape.windows}
-        # Grown to the largest step seen; rows, pages and offsets of its slots.
-        self._slots = torch.empty((3, 0), dtype=torch.int32, device=device)
+        self._flashinfer = import_flashinfer()
+        workspace = make_workspace(shape, device)
+        self._wrappers = {w: WindowWrappers(self._flashinfer, shape, dtype, w, workspace) for w in shape.windows}
+        self._calls = {w: _WindowCalls(wrappers, shape.page_tokens, w, device) for w, wrappers in self._wrappers.items()}
+        self._rows = torch.arange(_MAX_NUMBERED_ROWS, dtype=torch.int32, device=device)
         self._current: FlashInferPlan | None = None
         self._warm(dtype, device)
 
-    def plan(self, inputs: StepInputs) -> FlashInferPlan:
-        """Prepares one step. Ends what was planned before."""
-        num_decode = _num_leading_decodes(inputs.query_starts)
-        for window, calls in self._calls.items():
-            calls.plan(_read_pages(inputs, self._shape.page_tokens, window), inputs.query_starts, num_decode)
-        num_tokens = len(inputs.slots)
-        if num_tokens >= self._slots.shape[1]:
-            self._slots = torch.empty((3, num_tokens + 1), dtype=torch.int32, device=inputs.slots.device)
-            self._slots[0] = torch.arange(num_tokens + 1)
-        rows, pages, offsets = self._slots
-        pages[:num_tokens] = inputs.slots // self._shape.page_tokens
-        offsets[:num_tokens] = inputs.slots % self._shape.page_tokens
-        self._current = FlashInferPlan(rows[: num_tokens + 1], pages[:num_tokens], offsets[:num_tokens], num_decode)
-        return self._current
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether `append` and the attention of `for_decode_graphs` may be captured in CUDA graphs."""
+        return True
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer_pool: torch.Tensor,
-        plan: AttentionPlan,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """Writes k and v to their slots, then attends causally through the page tables."""
-        assert plan is self._current, "a plan is good until the next one is made"
-        kv_pages = (layer_pool[:, 0], layer_pool[:, 1])
-        # FlashInfer appends at positions of requests; here each token is a request that has one page, the one of its slot.
+    def for_decode_graphs(self, max_rows: int, max_pages: int, padding_page: int) -> FlashInferDecodeGraphs:
+        """A backend for steps of decodes alone whose `attend` launches the same for every step of P rows."""
+        return FlashInferDecodeGraphs(self, self._wrappers, self._shape.page_tokens, max_rows, max_pages, padding_page)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, pages: KvPages, inputs: StepInputs) -> None:
+        """Writes the rows' keys and values to their slots, padding rows' too."""
+        num_rows = len(k)
+        rows = self._rows
+        if num_rows >= len(rows):
+            rows = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
+        # FlashInfer appends at positions of requests; here each row is a request that has one page, the one of its slot.
+        numbers = rows[:num_rows]
         self._flashinfer.append_paged_kv_cache(
             k,
             v,
-            self._current.rows[:-1],
-            self._current.slot_offsets,
-            kv_pages,
-            self._current.slot_pages,
-            self._current.rows,
-            self._current.rows[:-1],  # lengths of last pages: only their number is looked at
+            numbers,
+            inputs.slot_offsets,
+            (pages.k, pages.v),
+            inputs.slot_pages,
+            rows[: num_rows + 1],
+            numbers,  # lengths of last pages: only their number is looked at
         )
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._calls[sliding_window].run(q, kv_pages, out, self._current.num_decode_rows)
-        return out
+
+    def plan(self, inputs: StepInputs, q: torch.Tensor, out: torch.Tensor) -> FlashInferPlan:
+        """Prepares one step. Ends what was planned before."""
+        step = inputs.host
+        for calls in self._calls.values():
+            calls.plan(step)
+        n, end = step.num_decodes, step.num_tokens
+        decode = (q[:n], out[:n]) if n else (None, None)
+        prefill = (q[n:end], out[n:end]) if n < end else (None, None)
+        self._current = FlashInferPlan(*decode, *prefill)
+        return self._current
+
+    def attend(self, plan: AttentionPlan, pages: KvPages, sliding_window: int | None) -> None:
+        """Attends causally through the page tables."""
+        assert isinstance(plan, FlashInferPlan) and plan is self._current, "a plan is good until the next one is made"
+        calls, kv_pages = self._calls[sliding_window], (pages.k, pages.v)
+        if plan.decode_q is not None:
+            calls.decode.run(plan.decode_q, kv_pages, out=plan.decode_out)
+        if plan.prefill_q is not None:
+            calls.prefill.run(plan.prefill_q, kv_pages, out=plan.prefill_out)
 
     def _warm(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Runs both calls once on a pool of one page: a step must not wait for a compiler."""
+        """Runs everything once on a pool of one page: a step must not wait for a compiler."""
         shape = self._shape
-        pool = torch.zeros((1, 2, shape.page_tokens, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device)
-        tokens = torch.zeros(3, dtype=torch.int64, device=device)
-        inputs = StepInputs(tokens, tokens, tokens, (0, 1, 3), (1, 2), ((0,), (0,)), tokens, (-1, -1, -1), ())
+        pool = torch.zeros((1, 2 * shape.page_tokens * shape.num_kv_heads * shape.head_dim), dtype=dtype, device=device)
+        pages = KvPages.of(pool, shape.num_kv_heads, shape.head_dim)
+        host = _decode_and_prompt()
+        zeros = torch.zeros(3, dtype=torch.int32, device=device)
+        inputs = StepInputs(host, zeros, zeros, zeros, zeros, zeros)
         q = torch.zeros((3, shape.num_heads, shape.head_dim), dtype=dtype, device=device)
         k = torch.zeros((3, shape.num_kv_heads, shape.head_dim), dtype=dtype, device=device)
-        plan = self.plan(inputs)
+        plan = self.plan(inputs, q, torch.empty_like(q))
+        self.append(k, k, pages, inputs)
         for window in shape.windows:
-            self.run(q, k, k, pool, plan, window)
+            self.attend(plan, pages, window)
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True, slots=True)
-class _ReadPages:
-    """The pages that each request's rows attend to, on the host in pinned memory, int32.
-
-    indptr: [R + 1]; pages of request r are indices[indptr[r]:indptr[r + 1]].
-    last_page_lens: [R] tokens in the last page of each.
-    """
-
-    indptr: torch.Tensor
-    indices: torch.Tensor
-    last_page_lens: torch.Tensor
-
-
 class _WindowCalls:
-    """FlashInfer's wrappers for the layers of one sliding window, and what was planned for them."""
+    """The wrappers for the layers of one sliding window, planned for the current step."""
 
-    def __init__(
-        self, flashinfer: Any, shape: AttentionShape, dtype: torch.dtype, window: int | None, workspace: torch.Tensor
-    ) -> None:
-        use_tensor_cores = shape.num_heads // shape.num_kv_heads not in _CUDA_CORE_GROUPS
-        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=use_tensor_cores)
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        self._heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        self._page_tokens = shape.page_tokens
-        # FlashInfer counts the tokens before the query's own.
-        self._options = {"window_left": -1 if window is None else window - 1, "q_data_type": dtype, "kv_data_type": dtype}
-        # Recorded behind the copies of a plan, whose sources in pinned memory the next plan overwrites.
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no type for it
+    def __init__(self, wrappers: WindowWrappers, page_tokens: int, window: int | None, device: torch.device) -> None:
+        self._wrappers = wrappers
+        self._page_tokens = page_tokens
+        self._window = window
+        self._staged = StagedInts(_FIRST_STAGED_INTS, device)
+        self._device = device
+        self.decode = wrappers.decode()
+        self.prefill = wrappers.prefill()
 
-    def plan(self, pages: _ReadPages, query_starts: tuple[int, ...], num_decode: int) -> None:
-        """Prepares the calls of one step whose first `num_decode` requests have one row each."""
-        self._copied.synchronize()
-        if num_decode:
-            self._decode.plan(
-                pages.indptr[: num_decode + 1],
-                pages.indices[: int(pages.indptr[num_decode])],
-                pages.last_page_lens[:num_decode],
-                *self._heads,
-                self._page_tokens,
-                **self._options,
-            )
-        if query_starts[-1] > num_decode:
-            self._prefill.plan(
-                torch.tensor(query_starts[num_decode:], dtype=torch.int32) - num_decode,
-                pages.indptr[num_decode:] - pages.indptr[num_decode],
-                pages.indices[int(pages.indptr[num_decode]) :],
-                pages.last_page_lens[num_decode:],
-                *self._heads,
-                self._page_tokens,
-                causal=True,
-                **self._options,
-            )
-        self._copied.record()
-
-    def run(self, q: torch.Tensor, kv_pages: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, num_decode: int) -> None:
-        """Attends as planned; row by row of q into out."""
-        if num_decode:
-            self._decode.run(q[:num_decode], kv_pages, out=out[:num_decode])
-        if len(q) > num_decode:
-            self._prefill.run(q[num_decode:], kv_pages, out=out[num_decode:])
+    def plan(self, step: StepArrays) -> None:
+        """Copies the step's page tables to the device and plans both calls."""
+        pages = ReadPages.of(step, self._page_tokens, self._window)
+        n = step.num_decodes
+        num_decode_pages = int(pages.indptr[n])
+        decode = (pages.indptr[: n + 1], pages.last_page_lens[:n])
+        prefill = (step.query_starts[n:] - n, pages.indptr[n:] - num_decode_pages, pages.last_page_lens[n:])
+        arrays = (*decode, *prefill, pages.indices)
+        num_ints = sum(map(len, arrays))
+        if num_ints > self._staged.size:
+            self._staged = StagedInts(2 * num_ints, self._device)
+        (indptr, last_page_lens, *of_prefill, indices), on_device = self._staged.send(*arrays)
+        if n:
+            self._wrappers.plan_decode(self.decode, indptr, last_page_lens, indices[:num_decode_pages])
+            # Where kernels read them; planning needs them on the host.
+            self.decode._paged_kv_indptr_buf, self.decode._paged_kv_last_page_len_buf = on_device[:2]
+            self.decode._paged_kv_indices_buf = on_device[-1]
+        if n < step.num_requests:
+            starts, indptr, last_page_lens = of_prefill
+            self._wrappers.plan_prefill(self.prefill, starts, indptr, last_page_lens, on_device[-1][num_decode_pages:])
 
 
-def _num_leading_decodes(query_starts: tuple[int, ...]) -> int:
-    """How many requests from the first on have one row; that is also how many rows they have together."""
-    num_decode = 0
-    while num_decode + 1 < len(query_starts) and query_starts[num_decode + 1] == num_decode + 1:
-        num_decode += 1
-    return num_decode
+def _decode_and_prompt() -> StepArrays:
+    """A decode and a prompt of two tokens, in the same page."""
 
+    def ints(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        return np.array(values, dtype=np.int32)
 
-def _read_pages(inputs: StepInputs, page_tokens: int, window: int | None) -> _ReadPages:
-    """Page tables without the pages that lie before every row's window; masks count from a request's end, so nothing shifts."""
-    tables, indptr, last_page_lens = [], [0], []
-    for r, context_len in enumerate(inputs.context_lens):
-        first = 0
-        if window is not None:
-            num_rows = inputs.query_starts[r + 1] - inputs.query_starts[r]
-            first = max(0, context_len - num_rows - window + 1) // page_tokens
-        table = inputs.page_tables[r][first : -(-context_len // page_tokens)]
-        tables.append(table)
-        indptr.append(indptr[-1] + len(table))
-        last_page_lens.append((context_len - 1) % page_tokens + 1)
-    values = numpy.fromiter(chain(indptr, last_page_lens, *tables), dtype=numpy.int32)
-    host = torch.from_numpy(values).pin_memory()
-    first_index = len(indptr) + len(last_page_lens)
-    return _ReadPages(host[: len(indptr)], host[first_index:], host[len(indptr) : first_index])
-
-
-def _workspace_bytes(shape: AttentionShape, device: torch.device) -> int:
-    """Room for what a split call leaves to be merged, fp32: all tiles that the device runs at once, each at its largest."""
-    num_tiles = _TILES_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    num_rows = shape.num_heads // shape.num_kv_heads * num_tiles * _MAX_TILE_ROWS
-    return max(_MIN_WORKSPACE_BYTES, num_rows * (shape.head_dim + 1) * 4 + (1 << 20))
-
-
-def _import_flashinfer() -> Any:
-    # By name: it is installed where there is a GPU, and types are checked where there is none.
-    with warnings.catch_warnings():
-        # Deprecations in what it imports are its own affair.
-        warnings.simplefilter("ignore")
-        return importlib.import_module("flashinfer")
+    zeros = ints(0, 0, 0)
+    return StepArrays(
+        zeros, zeros, zeros, ints(0, 1, 3), ints(1, 2), ints(0, 1, 2), ints(0, 0), ints(), ints(-1, -1, -1), (), num_decodes=1
+    )

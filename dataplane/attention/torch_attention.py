@@ -6,10 +6,11 @@ Knows pages and slots as numbers; nothing of requests, of what else lies in the 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from dataplane.attention.interface import AttentionBackend, AttentionPlan
-from dataplane.model.step_inputs import StepInputs
+from dataplane.attention.interface import AttentionBackend, AttentionPlan, KvPages
+from dataplane.model.step_inputs import StepArrays, StepInputs
 
 # Tokens of K and V that one batched call may gather: bounds the temporary copies, whatever the batch.
 MAX_GATHERED_TOKENS = 32768
@@ -32,11 +33,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True)
 class TorchAttentionPlan(AttentionPlan):
-    """Where K and V go, and the groups of requests by sliding window, made when the first layer asks for them."""
+    """The step, and the groups of requests by sliding window, made when the first layer asks for them."""
 
-    inputs: StepInputs
-    slot_pages: torch.Tensor
-    slot_offsets: torch.Tensor
+    step: StepArrays
+    q: torch.Tensor
+    out: torch.Tensor
     groups: dict[int | None, tuple[AttentionGroup, ...]] = field(default_factory=dict)
 
 
@@ -50,36 +51,28 @@ class TorchAttention(AttentionBackend):
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
 
-    def plan(self, inputs: StepInputs) -> TorchAttentionPlan:
+    def append(self, k: torch.Tensor, v: torch.Tensor, pages: KvPages, inputs: StepInputs) -> None:
+        """Writes the rows' keys and values to their slots, padding rows' too."""
+        pages.k[inputs.slot_pages, inputs.slot_offsets] = k
+        pages.v[inputs.slot_pages, inputs.slot_offsets] = v
+
+    def plan(self, inputs: StepInputs, q: torch.Tensor, out: torch.Tensor) -> TorchAttentionPlan:
         """Prepares one step."""
-        slot_pages = torch.div(inputs.slots, self._page_tokens, rounding_mode="floor")
-        return TorchAttentionPlan(inputs, slot_pages, inputs.slots - slot_pages * self._page_tokens)
+        return TorchAttentionPlan(inputs.host, q, out)
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer_pool: torch.Tensor,
-        plan: AttentionPlan,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """Writes k and v to their slots, then attends causally through the page tables."""
+    def attend(self, plan: AttentionPlan, pages: KvPages, sliding_window: int | None) -> None:
+        """Attends causally through the page tables."""
         assert isinstance(plan, TorchAttentionPlan), f"plan of another backend: {type(plan).__name__}"
-        layer_pool[plan.slot_pages, 0, plan.slot_offsets] = k
-        layer_pool[plan.slot_pages, 1, plan.slot_offsets] = v
         if sliding_window not in plan.groups:
-            plan.groups[sliding_window] = self._groups(plan.inputs, sliding_window)
-        out = torch.empty_like(q)
+            plan.groups[sliding_window] = self._groups(plan.step, sliding_window, plan.q.device)
         for group in plan.groups[sliding_window]:
-            out[group.rows] = _attend(q[group.rows], layer_pool, group)
-        return out
+            plan.out[group.rows] = _attend(plan.q[group.rows], pages, group)
 
-    def _groups(self, inputs: StepInputs, sliding_window: int | None) -> tuple[AttentionGroup, ...]:
+    def _groups(self, step: StepArrays, sliding_window: int | None, device: torch.device) -> tuple[AttentionGroup, ...]:
         """Requests by (query rows, pages read), cut so that no group gathers more than MAX_GATHERED_TOKENS."""
         members: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        for r, context_len in enumerate(inputs.context_lens):
-            num_rows = inputs.query_starts[r + 1] - inputs.query_starts[r]
+        row_counts = np.diff(step.query_starts).tolist()
+        for r, (context_len, num_rows) in enumerate(zip(step.context_lens.tolist(), row_counts, strict=True)):
             if num_rows == 0:
                 continue
             first_page = 0
@@ -92,18 +85,24 @@ class TorchAttention(AttentionBackend):
             size = max(1, MAX_GATHERED_TOKENS // (num_pages * self._page_tokens))
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]
-                groups.append(self._group(inputs, chunk, num_rows, num_pages, sliding_window))
+                groups.append(self._group(step, chunk, num_rows, num_pages, sliding_window, device))
         return tuple(groups)
 
     def _group(
-        self, inputs: StepInputs, requests: list[tuple[int, int]], num_rows: int, num_pages: int, sliding_window: int | None
+        self,
+        step: StepArrays,
+        requests: list[tuple[int, int]],
+        num_rows: int,
+        num_pages: int,
+        sliding_window: int | None,
+        device: torch.device,
     ) -> AttentionGroup:
         """One group of (request, first page read) pairs."""
-        device = inputs.slots.device
         num_keys = num_pages * self._page_tokens
-        meta = [(inputs.query_starts[r], inputs.context_lens[r], first * self._page_tokens) for r, first in requests]
-        first_row, context_len, first_key = torch.tensor(meta, dtype=torch.int64, device=device).T[:, :, None]
-        tables = [inputs.page_tables[r][first : first + num_pages] for r, first in requests]
+        numbers, first_pages = np.array(requests, dtype=np.int64).T
+        meta = np.stack((step.query_starts[numbers], step.context_lens[numbers], first_pages * self._page_tokens))
+        first_row, context_len, first_key = torch.from_numpy(meta.astype(np.int64)).to(device)[:, :, None]
+        tables = step.page_ids[(step.page_starts[numbers] + first_pages)[:, None] + np.arange(num_pages)]
         steps = torch.arange(num_rows, device=device)
         queries = (context_len - num_rows + steps)[:, :, None]
         keys = (first_key + torch.arange(num_keys, device=device))[:, None, :]
@@ -112,15 +111,15 @@ class TorchAttention(AttentionBackend):
             mask &= keys > queries - sliding_window
         return AttentionGroup(
             rows=first_row + steps,
-            page_tables=torch.tensor(tables, dtype=torch.int64, device=device),
+            page_tables=torch.from_numpy(tables.astype(np.int64)).to(device),
             mask=mask[:, None],
             unwritten=(keys[:, 0] >= context_len)[:, :, None, None],
         )
 
 
-def _attend(q: torch.Tensor, layer_pool: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+def _attend(q: torch.Tensor, pages: KvPages, group: AttentionGroup) -> torch.Tensor:
     """Attention of one group: q [G, n, num_heads, head_dim] to the same shape."""
-    k, v = (layer_pool[group.page_tables, side].flatten(1, 2) for side in (0, 1))
+    k, v = (side[group.page_tables].flatten(1, 2) for side in (pages.k, pages.v))
     # A mask does not hide a NaN (0 * NaN in the sum over V), so what no one wrote must be zero.
     k.masked_fill_(group.unwritten, 0)
     v.masked_fill_(group.unwritten, 0)

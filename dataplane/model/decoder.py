@@ -1,36 +1,95 @@
 """The forward pass of one step: decoder layers over the page pool, with each token's adapter added in place.
 
-Equal to transformers in every rounding (norms and angles in fp32). Knows nothing of requests, pages or sampling.
+A step is computed in parts (`start`, then `attend` and `proceed` of each layer, then `logits`), so that parts can be captured in
+CUDA graphs. Knows nothing of requests, pages, graphs or sampling.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
-from dataplane.attention.interface import AttentionBackend, AttentionPlan
+from dataplane.attention.interface import AttentionBackend, AttentionPlan, KvPages
 from dataplane.model.config import ModelConfig
-from dataplane.model.rope import cos_sin, inverse_frequencies, rotate
-from dataplane.model.step_inputs import StepInputs
-from dataplane.model.weights import LayerWeights, ModelWeights
-from kernels.lora import LoraOps, LoraPlan, LoraTarget
+from dataplane.model.layer_ops import LayerOps
+from dataplane.model.lora_step import LoraStep
+from dataplane.model.step_inputs import StepArrays, StepInputs
+from dataplane.model.weights import ModelWeights
+from kernels.lora import LoraOps, LoraTarget
+
+# Positions in lora_groups.
+_QKV, _O, _GATE_UP, _DOWN = range(4)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension: the quotient in fp32, the product in the dtype of x."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What the parts of a step hand on to one another, in the same place in every layer.
+
+    hidden: [P, hidden_size] the residual stream.
+    qkv: [P, q_dim + 2 * kv_dim]; q, k, v: [P, heads, head_dim] views of it.
+    attended: [P, q_dim]; out: [P, num_heads, head_dim] a view of it.
+    """
+
+    hidden: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+
+    @staticmethod
+    def of(config: ModelConfig, hidden: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor) -> "Activations":
+        """With the views."""
+        heads = qkv.view(len(qkv), -1, config.head_dim)
+        q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        return Activations(hidden, qkv, attended, q, k, v, attended.view(len(attended), -1, config.head_dim))
+
+    def first(self, config: ModelConfig, num_rows: int) -> "Activations":
+        """Of the first rows."""
+        return Activations.of(config, self.hidden[:num_rows], self.qkv[:num_rows], self.attended[:num_rows])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPool:
+    """One layer of the pool, as LoRA and as attention see it. flat: [num_pages * page_elems]."""
+
+    flat: torch.Tensor
+    pages: KvPages
+
+
+@dataclass(slots=True)
+class DecoderStep:
+    """All that the parts of one step need. attention: the backend that made `plan`. angles: made by `start`."""
+
+    inputs: StepInputs
+    pools: Sequence[LayerPool]
+    activations: Activations
+    lora: LoraStep
+    attention: AttentionBackend
+    plan: AttentionPlan
+    angles: tuple[torch.Tensor, ...] = field(default=())
 
 
 class Decoder:
     """A base model with its weights. One thread calls it."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, lora: LoraOps, attention: AttentionBackend) -> None:
-        self._config = config
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, lora: LoraOps, attention: AttentionBackend, ops: LayerOps
+    ) -> None:
+        self.config = config
+        self.lora = lora
+        self.attention = attention
+        self.lora_groups = lora_groups(config)
         self._weights = weights
-        self._lora = lora
-        self._attention = attention
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim, weights.norm.device)
-        self._qkv_targets, self._o_targets, self._gate_up_targets, self._down_targets = lora_groups(config)
+        self._ops = ops
+        self._viewed: torch.Tensor | None = None
+        self._pools: tuple[LayerPool, ...] = ()
+
+    def num_rows(self, step: StepArrays) -> int:
+        """No padding."""
+        return step.num_tokens
 
     @torch.no_grad()
     def forward(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
@@ -38,63 +97,82 @@ class Decoder:
 
         pool: [num_layers, num_pages, page_elems].
         """
-        config = self._config
-        lora_plan = self._lora.plan(inputs.adapter_index, inputs.adapters)
-        if not lora_plan.is_empty:
-            self._lora.begin(lora_plan)
-        attention_plan = self._attention.plan(inputs)
-        hidden = functional.embedding(inputs.token_ids, self._weights.embedding)
-        angles = cos_sin(self._frequencies, config.rope.attention_factor, inputs.positions, hidden.dtype)
-        for i, layer in enumerate(self._weights.layers):
-            x = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
-            hidden = hidden + self._self_attention(x, layer, pool[i], config.layer_windows[i], angles, lora_plan, attention_plan)
-            x = rms_norm(hidden, layer.post_attention_norm, config.rms_norm_eps)
-            hidden = hidden + self._mlp(x, layer, pool[i], lora_plan)
-        last = rms_norm(hidden.index_select(0, inputs.logits_rows), self._weights.norm, config.rms_norm_eps)
-        return functional.linear(last, self._weights.lm_head).float()
+        activations = self.allocate(len(inputs.token_ids))
+        lora_plan = self.lora.plan(inputs.host.adapter_index, inputs.host.adapters)
+        lora = LoraStep.as_needed(self.lora, self.lora_groups, lora_plan)
+        plan = self.attention.plan(inputs, activations.q, activations.out)
+        step = DecoderStep(inputs, self.pools(pool), activations, lora, self.attention, plan)
+        self.start(step)
+        for layer in range(self.config.num_layers):
+            self.attend(step, layer)
+            self.proceed(step, layer)
+        return self.logits(step)
 
-    def _self_attention(
-        self,
-        x: torch.Tensor,
-        layer: LayerWeights,
-        layer_pool: torch.Tensor,
-        sliding_window: int | None,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        lora_plan: LoraPlan,
-        attention_plan: AttentionPlan,
-    ) -> torch.Tensor:
-        """x [num_tokens, hidden_size] through q, k, v, attention and o."""
-        config = self._config
-        qkv = self._linear(x, layer.qkv, layer.qkv_bias, layer_pool, lora_plan, self._qkv_targets)
-        heads = qkv.view(len(x), -1, config.head_dim)
-        q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        kv_pages = layer_pool.view(len(layer_pool), 2, -1, config.num_kv_heads, config.head_dim)
-        out = self._attention.run(q, k, v, kv_pages, attention_plan, sliding_window).reshape(len(x), config.q_dim)
-        return self._linear(out, layer.o, layer.o_bias, layer_pool, lora_plan, self._o_targets)
+    def allocate(self, num_rows: int) -> Activations:
+        """Activations of a step of so many rows."""
+        config, embedding = self.config, self._weights.embedding
+        widths = (config.hidden_size, config.q_dim + 2 * config.kv_dim, config.q_dim)
+        rooms = (torch.empty((num_rows, width), dtype=embedding.dtype, device=embedding.device) for width in widths)
+        return Activations.of(config, *rooms)
 
-    def _mlp(self, x: torch.Tensor, layer: LayerWeights, layer_pool: torch.Tensor, lora_plan: LoraPlan) -> torch.Tensor:
-        """x [num_tokens, hidden_size] through SwiGLU."""
-        gate_up = self._linear(x, layer.gate_up, layer.gate_up_bias, layer_pool, lora_plan, self._gate_up_targets)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._linear(functional.silu(gate) * up, layer.down, layer.down_bias, layer_pool, lora_plan, self._down_targets)
+    def pools(self, pool: torch.Tensor) -> tuple[LayerPool, ...]:
+        """The layers of the pool; made once, as a hundred views would take their time in every step."""
+        if self._viewed is not pool:
+            kv_shape = (self.config.num_kv_heads, self.config.head_dim)
+            self._pools = tuple(LayerPool(layer.view(-1), KvPages.of(layer, *kv_shape)) for layer in pool)
+            self._viewed = pool
+        return self._pools
 
-    def _linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        layer_pool: torch.Tensor,
-        lora_plan: LoraPlan,
-        targets: tuple[LoraTarget, ...],
-    ) -> torch.Tensor:
-        """One base GEMM for the whole batch, and the adapters' part added to its output."""
-        y = functional.linear(x, weight, bias)
-        if not lora_plan.is_empty:
-            self._lora.add(y, x, layer_pool.view(-1), lora_plan, targets)
-        return y
+    def start(self, step: DecoderStep) -> None:
+        """Everything before the first layer's attention."""
+        step.lora.begin()
+        hidden = step.activations.hidden
+        torch.index_select(self._weights.embedding, 0, step.inputs.token_ids, out=hidden)
+        step.angles = self._ops.angles(step.inputs.positions, hidden.dtype)
+        self._project(step, 0, self._ops.norm(hidden, self._weights.layers[0].input_norm))
+
+    def attend(self, step: DecoderStep, layer: int) -> None:
+        """Attention of one layer."""
+        step.attention.attend(step.plan, step.pools[layer].pages, self.config.layer_windows[layer])
+
+    def proceed(self, step: DecoderStep, layer: int) -> None:
+        """Everything between a layer's attention and the next one's; behind the last layer, its end."""
+        weights, pool, hidden = self._weights.layers[layer], step.pools[layer].flat, step.activations.hidden
+        attended = step.activations.attended
+        x = functional.linear(attended, weights.o, weights.o_bias)
+        step.lora.add(_O, x, attended, pool)
+        x = self._ops.add_norm(x, hidden, weights.post_attention_norm)
+        gate_up = functional.linear(x, weights.gate_up, weights.gate_up_bias)
+        step.lora.add(_GATE_UP, gate_up, x, pool)
+        inner = self._ops.swiglu(gate_up)
+        x = functional.linear(inner, weights.down, weights.down_bias)
+        step.lora.add(_DOWN, x, inner, pool)
+        if layer + 1 < self.config.num_layers:
+            self._project(step, layer + 1, self._ops.add_norm(x, hidden, self._weights.layers[layer + 1].input_norm))
+        else:
+            hidden.add_(x)
+
+    def logits(self, step: DecoderStep, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the rows that are wanted, [S, vocab] fp32; of a step of decodes, of all its rows."""
+        hidden = step.activations.hidden
+        if not step.inputs.host.is_decode:
+            hidden = hidden.index_select(0, step.inputs.logits_rows)
+        logits = functional.linear(self._ops.norm(hidden, self._weights.norm), self._weights.lm_head)
+        return logits.float() if out is None else out.copy_(logits)
+
+    def _project(self, step: DecoderStep, layer: int, x: torch.Tensor) -> None:
+        """Queries, keys and values of x [P, hidden_size], the layer's normed input; keys and values go to their pages."""
+        weights, activations, pool = self._weights.layers[layer], step.activations, step.pools[layer]
+        if weights.qkv_bias is None:
+            torch.mm(x, weights.qkv.t(), out=activations.qkv)
+        else:
+            torch.addmm(weights.qkv_bias, x, weights.qkv.t(), out=activations.qkv)
+        step.lora.add(_QKV, activations.qkv, x, pool.flat)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            self._ops.norm_heads(activations.q, weights.q_norm)
+            self._ops.norm_heads(activations.k, weights.k_norm)
+        self._ops.rotate(activations.q, activations.k, step.angles)
+        step.attention.append(activations.k, activations.v, pool.pages, step.inputs)
 
 
 def lora_groups(config: ModelConfig) -> tuple[tuple[LoraTarget, ...], ...]:

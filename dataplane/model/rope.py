@@ -149,6 +149,12 @@ def cos_sin(
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
+def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines of the angles at every position, [num_positions, head_dim] fp32."""
+    angles = torch.arange(num_positions, device=device)[:, None].float() * inverse_frequencies(rope, head_dim, device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [num_tokens, num_heads, head_dim] turned to its positions; dimension i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)

@@ -1,10 +1,12 @@
 """Small random models as transformers saves them, and a paged runner that feeds the decoder steps over scattered pages."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,13 +16,20 @@ from adapter_store.geometry import BaseGeometry
 from dataplane.attention.torch_attention import TorchAttention
 from dataplane.model.config import load_model_config
 from dataplane.model.decoder import Decoder
-from dataplane.model.step_inputs import StepInputs
+from dataplane.model.layer_ops import TorchLayerOps
+from dataplane.model.step_inputs import Ints, StepArrays
 from dataplane.model.weights import load_weights
+from dataplane.runner.step_buffers import StepBuffers
 from kernels.lora import LoraAdapter, LoraRows
 from kernels.lora_torch import TorchLoraOps
 
 NUM_PAGES = 128
 ALIGN_ELEMS = 8
+
+
+def ints(values: Iterable[int]) -> Ints:
+    """An array as steps hold them."""
+    return np.array(list(values), dtype=np.int32)
 
 
 @dataclass(slots=True)
@@ -42,9 +51,11 @@ class PagedModel:
         weights = load_weights(model_dir, config, dtype, torch.device(device))
         name = str(dtype).removeprefix("torch.")
         self.geometry: BaseGeometry = config.geometry(name, max_lora_rank=64, model_name="test", fingerprint="")
-        shape = (config.num_layers, NUM_PAGES, self.geometry.page_elems)
+        shape = (config.num_layers, NUM_PAGES + 1, self.geometry.page_elems)
         self.pool = torch.full(shape, torch.nan, dtype=dtype, device=device)
-        self._decoder = Decoder(config, weights, TorchLoraOps(), TorchAttention(self.geometry.page_tokens))
+        attention, ops = TorchAttention(self.geometry.page_tokens), TorchLayerOps(config, torch.device(device))
+        self._decoder = Decoder(config, weights, TorchLoraOps(), attention, ops)
+        self._buffers = StepBuffers(512, self.geometry.page_tokens, NUM_PAGES, torch.device(device))
         self._free = random.Random(seed).sample(range(NUM_PAGES), NUM_PAGES)
 
     def place_rows(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -77,7 +88,7 @@ class PagedModel:
     def step(self, scheduled: Sequence[tuple[PagedRequest, int]]) -> None:
         """Computes the next n tokens of each request in one step."""
         adapters = list({id(r.adapter): r.adapter for r, _ in scheduled if r.adapter is not None}.values())
-        starts = [0]
+        scheduled = sorted(scheduled, key=lambda chunk: chunk[1] != 1)  # decodes first, as steps are packed
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -90,21 +101,22 @@ class PagedModel:
             token_ids += request.token_ids[new.start : new.stop]
             positions += new
             slots += [request.page_table[p // page_tokens] * page_tokens + p % page_tokens for p in new]
-            starts.append(starts[-1] + n)
             index += [-1 if request.adapter is None else [id(a) for a in adapters].index(id(request.adapter))] * n
             request.num_computed = new.stop
-        device = self.pool.device
-        inputs = StepInputs(
-            token_ids=torch.tensor(token_ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            query_starts=tuple(starts),
-            context_lens=tuple(r.num_computed for r, _ in scheduled),
-            page_tables=tuple(tuple(r.page_table) for r, _ in scheduled),
-            logits_rows=torch.arange(starts[-1], device=device),
-            adapter_index=tuple(index),
+        step = StepArrays(
+            token_ids=ints(token_ids),
+            positions=ints(positions),
+            slots=ints(slots),
+            query_starts=ints([0, *accumulate(n for _, n in scheduled)]),
+            context_lens=ints([r.num_computed for r, _ in scheduled]),
+            page_starts=ints([0, *accumulate(len(r.page_table) for r, _ in scheduled)]),
+            page_ids=ints([page for r, _ in scheduled for page in r.page_table]),
+            logits_rows=ints(range(len(token_ids))),
+            adapter_index=ints(index),
             adapters=tuple(adapters),
+            num_decodes=sum(n == 1 for _, n in scheduled),
         )
+        inputs = self._buffers.upload(step, self._decoder.num_rows(step))
         logits = self._decoder.forward(inputs, self.pool)
         for (request, _), rows in zip(scheduled, logits.split_with_sizes([n for _, n in scheduled]), strict=True):
             request.logits.append(rows)

@@ -1,0 +1,108 @@
+"""FlashInfer's wrappers for the layers of one sliding window: how they are made and planned, and the memory they share.
+
+Knows nothing of steps: it is given page tables in FlashInfer's own form.
+"""
+
+from typing import Any
+
+import torch
+
+from dataplane.attention.interface import AttentionShape
+
+# Query heads per KV head for which the kernels without tensor cores exist and read K and V at least as fast.
+_CUDA_CORE_GROUPS = (1, 2)
+# What FlashInfer itself gives each wrapper for the plan that its kernels read.
+_PLAN_BYTES = 8 << 20
+# Of a split call: query rows of a tile at most, and tiles that share a multiprocessor.
+_MAX_TILE_ROWS = 128
+_TILES_PER_PROCESSOR = 2
+_MIN_WORKSPACE_BYTES = 64 << 20
+
+
+class PlanMemory:
+    """Where plans of wrappers lie of which only one lives at a time: on the device, and in two pinned stagings in turn.
+
+    A wrapper has one staging of its own and 8 MiB on each side; the next step's plan would have to wait for this one's copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
+        self._stagings = [torch.empty(_PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # torch has no type for it
+        self._turn = 0
+
+    def lend(self, wrapper: Any) -> None:
+        """Before a wrapper plans. FlashInfer's own setter would allocate another staging, hence its fields."""
+        self._turn = 1 - self._turn
+        self._copied[self._turn].synchronize()  # of the plan before the last one: long done
+        wrapper._int_workspace_buffer = self._on_device
+        wrapper._pin_memory_int_workspace_buffer = self._stagings[self._turn]
+
+    def sent(self) -> None:
+        """After it has planned, which starts the copy."""
+        self._copied[self._turn].record()
+
+
+class WindowWrappers:
+    """Makes and plans the wrappers for the layers of one sliding window."""
+
+    def __init__(
+        self, flashinfer: Any, shape: AttentionShape, dtype: torch.dtype, window: int | None, workspace: torch.Tensor
+    ) -> None:
+        """workspace: for what split calls leave to be merged; shared by all, as calls follow one another."""
+        self.device = workspace.device
+        self._flashinfer = flashinfer
+        self._workspace = workspace
+        self._use_tensor_cores = shape.num_heads // shape.num_kv_heads not in _CUDA_CORE_GROUPS
+        self._shape = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_tokens)
+        # FlashInfer counts the tokens before the query's own.
+        self._options = {"window_left": -1 if window is None else window - 1, "q_data_type": dtype, "kv_data_type": dtype}
+        self._decode_memory = PlanMemory(workspace.device)
+        self._prefill_memory = PlanMemory(workspace.device)
+
+    def decode(self, places: tuple[torch.Tensor, ...] | None = None) -> Any:
+        """A wrapper for requests of one row each, its kernels loaded.
+
+        places: for one whose launches never change, where indptr [P + 1], last_page_lens [P] and indices will lie.
+        """
+        options: dict[str, object] = {"use_tensor_cores": self._use_tensor_cores}
+        num_requests = 1
+        if places is not None:
+            names = ("paged_kv_indptr_buffer", "paged_kv_last_page_len_buffer", "paged_kv_indices_buffer")
+            options |= {"use_cuda_graph": True, **dict(zip(names, places, strict=True))}
+            num_requests = len(places[1])
+        wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", **options)
+        steps = torch.arange(num_requests + 1, dtype=torch.int32)
+        self._decode_memory.lend(wrapper)
+        # In full once, on pages that nobody reads; `plan_decode` relies on what it finds out.
+        wrapper.plan(steps, steps[:-1], torch.ones_like(steps[:-1]), *self._shape, **self._options)
+        self._decode_memory.sent()
+        return wrapper
+
+    def prefill(self) -> Any:
+        """A wrapper for requests of any number of rows."""
+        return self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+
+    def plan_decode(self, wrapper: Any, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor) -> None:
+        """Plans a step from arrays in pinned memory; those on the device are the caller's to copy, or to set."""
+        self._decode_memory.lend(wrapper)
+        self._flashinfer.fast_decode_plan(
+            wrapper, indptr, indices, last_page_lens, *self._shape, **self._options, global_override_indptr_cpu=indptr
+        )
+        self._decode_memory.sent()
+
+    def plan_prefill(
+        self, wrapper: Any, query_starts: torch.Tensor, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor
+    ) -> None:
+        """Plans a step from arrays in pinned memory, except `indices`, which are on the device."""
+        self._prefill_memory.lend(wrapper)
+        wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)
+        self._prefill_memory.sent()
+
+
+def make_workspace(shape: AttentionShape, device: torch.device) -> torch.Tensor:
+    """Room for what a split call leaves to be merged, fp32: all tiles that the device runs at once, each at its largest."""
+    num_tiles = _TILES_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    num_rows = shape.num_heads // shape.num_kv_heads * num_tiles * _MAX_TILE_ROWS
+    size_bytes = max(_MIN_WORKSPACE_BYTES, num_rows * (shape.head_dim + 1) * 4 + (1 << 20))
+    return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
