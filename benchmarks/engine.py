@@ -23,7 +23,7 @@ from benchmarks.steps.parts import FLOOR_TB_PER_S
 from benchmarks.steps.scenarios import Row, Scenarios
 from benchmarks.steps.settings import ATTENTION_MODULES, SETTINGS, WIDE_MODULES, StepSettings
 
-SECTIONS = ("decode", "mixed_batch", "prompts", "base_only", "disabled", "wide")
+SECTIONS = ("decode", "mixed_batch", "prompts", "streaming", "base_only", "disabled", "wide")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(settings: StepSettings, args: argparse.Namespace) -> dict[str, Any]:
     """The shape with adapters on q, k, v and o."""
-    if not {"decode", "mixed_batch", "prompts", "base_only"} & set(args.sections):
+    if not set(args.sections) - {"disabled", "wide"}:
         return {}
     scenarios = _load(settings, args, settings.ranks)
     measured: dict[str, Any] = {}
@@ -76,6 +76,9 @@ def _measure(settings: StepSettings, args: argparse.Namespace) -> dict[str, Any]
         measured["mixed_batch"] = _timed("mixed batch", scenarios.mixed_batch)
     if "prompts" in args.sections:
         measured["prompts"] = _timed("prompts", scenarios.prompt_rows)
+    # On the CPU nothing is copied beside a step.
+    if "streaming" in args.sections and args.device == "cuda":
+        measured["streaming"] = _timed("streaming", scenarios.streaming_rows)
     if "base_only" in args.sections:
         measured |= _timed("base only", scenarios.base_only)
     return measured
@@ -108,6 +111,7 @@ def _load(
         num_tokens=settings.num_tokens(settings.max_num_seqs if ranks and not wide else settings.max_large),
         modules=WIDE_MODULES if wide else ATTENTION_MODULES,
         ranks=ranks,
+        num_places=settings.num_places if ranks and not wide else 0,
     )
     bench = StepBench(settings.wide_shape if wide else settings.shape, options, WITHOUT_LORA if without_lora else None)
     print(f"loaded in {time.monotonic() - started_at:.1f} s, {bench.loaded.limits.num_pages} pages", flush=True)
@@ -143,6 +147,9 @@ _SHOWN = {
     "wait_share": "waits",
     "mixed_ms": "mixed",
     "expected_ms": "expected",
+    "quiet_ms": "quiet",
+    "loading_ms": "loading",
+    "gb_per_s": "GB/s",
 }
 
 

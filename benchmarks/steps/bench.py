@@ -34,7 +34,10 @@ KV_STD = 0.5
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """num_tokens: KV that all requests hold at once at most. ranks: of all adapters, which stay where they are."""
+    """num_tokens: KV that all requests hold at once at most. ranks: of all adapters, which stay where they are.
+
+    num_places: rooms in the pool for one more adapter of the largest rank, to be loaded while steps run.
+    """
 
     device: str
     dtype: str
@@ -43,6 +46,7 @@ class BenchOptions:
     num_tokens: int
     modules: tuple[str, ...]
     ranks: tuple[int, ...] = ()
+    num_places: int = 0
 
 
 class StepBench:
@@ -75,7 +79,11 @@ class StepBench:
         self.packer = StepPacker(self.pages, _AllResident(self.pages), limits.page_tokens, limits.token_budget)
         self._numbers = itertools.count(1)
         self._digests: dict[int, list[str]] = {}
+        self.images: dict[int, AdapterImage] = {}
+        self.copier = TensorCopier(self.loaded.pool)
         self._place_adapters(options.ranks)
+        num_pages = self.images[max(options.ranks)].num_pages if options.num_places else 0
+        self.places = [self._allocate(f"place-{i}", num_pages) for i in range(options.num_places)]
 
     def digests(self, rank: int, count: int) -> list[str]:
         """The first so many adapters of a rank."""
@@ -114,19 +122,21 @@ class StepBench:
 
     def _place_adapters(self, ranks: Sequence[int]) -> None:
         """Adapters of one rank have the same numbers, each in pages of its own: to the device they are different."""
-        copier = TensorCopier(self.loaded.pool)
-        images: dict[int, AdapterImage] = {}
+        images = self.images
         for number, rank in enumerate(ranks):
             if rank not in images:
                 image = build_dummy(DummyAdapter(rank, self.modules, seed=rank), self.loaded.geometry)
                 images[rank] = replace(image, pages=image.pages.pin_memory()) if self.loaded.pool.is_cuda else image
             digest = f"rank-{rank}-{number}"
-            pages = self.pages.allocate(images[rank].num_pages, PageOwner(PageKind.ADAPTER, digest))
-            assert pages is not None, "the pool was made too small for the adapters"
-            copy = copier.start(images[rank], pages)
+            copy = self.copier.start(images[rank], self._allocate(digest, images[rank].num_pages))
             copy.wait()
             self.adapters[digest] = copy.adapter
             self._digests.setdefault(rank, []).append(digest)
+
+    def _allocate(self, name: str, num_pages: int) -> tuple[int, ...]:
+        pages = self.pages.allocate(num_pages, PageOwner(PageKind.ADAPTER, name))
+        assert pages is not None, "the pool was made too small for the adapters"
+        return pages
 
 
 class _AllResident:
@@ -150,7 +160,8 @@ def _num_pages(model_dir: Path, options: BenchOptions) -> int:
     """Pages for the KV and the adapters. Each request may waste most of a page."""
     geometry = load_model_config(model_dir).geometry(options.dtype, max(options.ranks, default=64), "", "")
     num_kv = geometry.num_kv_pages(options.num_tokens) + options.max_num_seqs
-    return num_kv + sum(num_adapter_pages(geometry, options.modules, rank) for rank in options.ranks)
+    ranks = (*options.ranks, *(max(options.ranks, default=0),) * options.num_places)
+    return num_kv + sum(num_adapter_pages(geometry, options.modules, rank) for rank in ranks)
 
 
 def num_adapter_pages(geometry: BaseGeometry, modules: Sequence[str], rank: int) -> int:

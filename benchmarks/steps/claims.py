@@ -9,6 +9,7 @@ MAX_FLOOR_RATIO = 1.25
 # A step of half a batch with adapters and half without, over what its halves take: within what two runs of the same differ by.
 MAX_MIXED_EXCESS = 0.02
 MAX_DISABLED_RATIO = 1.01
+MAX_LOADING_RATIO = 1.05
 
 # By adapters and requests: the most that a step may take of the base model's.
 _MAX_TIMES_BASE = {("32 of rank 16", 32): 1.15, ("64 of rank 64", 64): 1.6}
@@ -33,6 +34,9 @@ def _claims(measured: dict[str, Any]) -> Iterator[Claim]:
     if "without_lora" in measured and "base_only" in measured:
         ratio = measured["base_only"]["step_ms"] / measured["without_lora"]["step_ms"]
         yield _claim("base-only requests: step over that of a model without LoRA", ratio, MAX_DISABLED_RATIO)
+    for row in measured.get("streaming", []):
+        what = f"{row['batch']} requests, adapters: {row['adapters']}: step while others are loaded over one while none are"
+        yield _claim(what, row["ratio"], MAX_LOADING_RATIO)
 
 
 def _claim(what: str, value: float, limit: float) -> Claim:

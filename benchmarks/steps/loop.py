@@ -101,13 +101,12 @@ class StepLoop:
             times.wait_s.append(waited_s)
             times.launches.append(bench.recorder.host_times(packed_at, launched_at))
 
-    def finish(self, free: bool = True) -> None:
-        """Waits for what is on its way. free: the pages of the standing set too, which ends it."""
+    def finish(self) -> None:
+        """Waits for what is on its way and ends the standing set."""
         self._take_in()
-        if free:
-            for request in self._decoding:
-                self._bench.free(request)
-            self._decoding.clear()
+        for request in self._decoding:
+            self._bench.free(request)
+        self._decoding.clear()
 
     def _take_in(self) -> float:
         """Seconds that the host waited."""
@@ -124,6 +123,29 @@ class StepLoop:
             if not chunk.is_decode:
                 self._bench.free(chunk.request)
         return waited_s
+
+
+class EndlessDecode:
+    """A step to be called as often as one likes: where the contexts have no more room, they start again."""
+
+    def __init__(self, make_loop: Callable[[], StepLoop], num_steps: int) -> None:
+        """num_steps: that one loop has room for."""
+        self._make_loop = make_loop
+        self._num_steps = num_steps
+        self._loop = make_loop()
+        self._num_done = 0
+
+    def __call__(self) -> None:
+        """One turn."""
+        if self._num_done == self._num_steps:
+            self._loop.finish()
+            self._loop, self._num_done = self._make_loop(), 0
+        self._loop.turn()
+        self._num_done += 1
+
+    def finish(self) -> None:
+        """Ends the requests."""
+        self._loop.finish()
 
 
 def _median_ms(seconds: Sequence[float]) -> float:

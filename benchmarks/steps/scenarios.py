@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
+from benchmarks.loading.decode import measure_slowdown
 from benchmarks.steps.bench import GREEDY, StepBench
-from benchmarks.steps.loop import LoopTimes, StepLoop
+from benchmarks.steps.loop import EndlessDecode, LoopTimes, StepLoop
 from benchmarks.steps.parts import BaseParts, StepParts
 from benchmarks.steps.settings import StepSettings
 from protos.planes import EngineSampling
@@ -91,6 +92,19 @@ class Scenarios:
         lengths = [(settings.num_decodes, n) for n in settings.prompts] + [(0, settings.prefill)]
         digests = self._bench.digests(settings.small_rank, settings.max_large)
         return [self._prompt_row(*pair, of) for pair in lengths for of in ([], digests)]
+
+    def streaming_rows(self) -> list[Row]:
+        """What requests of adapters on the device, and base-only ones, pay while others are loaded without a pause. CUDA only."""
+        settings, rows = self._settings, []
+        bench, batch, rank = self._bench, settings.max_large, settings.large_rank
+        sets = {NO_ADAPTER: [""] * batch, f"{batch} of rank {settings.small_rank}": bench.digests(settings.small_rank, batch)}
+        for name, digests in sets.items():
+            step = EndlessDecode(partial(self._loop, digests, GREEDY), settings.num_steps)
+            found = measure_slowdown(step, bench.copier, [bench.images[rank]], bench.places)
+            step.finish()
+            about = {"batch": batch, "adapters": name, "num_adapters": len(set(filter(None, digests))), "loaded_rank": rank}
+            rows.append({**about, **asdict(found), "ratio": found.ratio})
+        return rows
 
     def decode(self, digests: Sequence[str]) -> Decode:
         """One request for each digest, empty for the base model."""

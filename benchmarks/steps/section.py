@@ -28,6 +28,9 @@ half with adapters takes {half_lora_ms:.2f} alone, as many more base-only rows c
 WITHOUT_LORA = """A batch of {most_adapters} without adapters takes {base_ms:.2f} ms, {excess:+.1%} of what it takes where
 there is no LoRA at all, and {drawn_ms:.2f} ms when its tokens are drawn by temperature and top_p."""
 
+STREAMING = """While adapters of rank {loaded_rank} are loaded without a pause, {gb_per_s:.1f} GB/s, a step of {batch} requests,
+{who}, takes {loading_ms:.2f} ms, and {quiet_ms:.2f} ms before and after: {more:+.1%}."""
+
 WIDE = """{wide_shape} shape, {batch} requests of as many adapters on all seven linear modules, ranks {ranks}.
 """
 
@@ -45,6 +48,8 @@ def steps_section(result: Json) -> list[str]:
         lines += [_mixed_batch(result["mixed_batch"])]
     if "without_lora" in result and "base_only" in result:
         lines += [_without_lora(result)]
+    for row in result.get("streaming", []):
+        lines += [STREAMING.format(**row, who=_adapters(row), more=row["ratio"] - 1)]
     if "prompts" in result:
         lines += ["", PROMPTS, *_prompts(result["prompts"])]
     if "wide" in result:

@@ -17,6 +17,7 @@ class StepSettings:
     shape: with adapters on q, k, v and o. wide_shape: with adapters on every linear module.
     context: tokens that a decoding request has in KV, in the middle of the measurement.
     small_rank, large_rank: of adapters all alike; the large one's are max_large at most, as are those of mixed ranks.
+    num_places: rooms for adapters that are loaded while steps run.
     num_decodes, prompts: of steps in which prompts join decoding requests. prefill: the prompt of a step of its own.
     """
 
@@ -29,6 +30,7 @@ class StepSettings:
     mixed_ranks: tuple[int, ...]
     max_large: int
     num_shared: int
+    num_places: int
     num_decodes: int
     prompts: tuple[int, ...]
     prefill: int
@@ -68,6 +70,7 @@ SETTINGS = {
         mixed_ranks=(8, 16, 32, 64),
         max_large=64,
         num_shared=8,
+        num_places=8,
         num_decodes=200,
         prompts=(64, 256, 512),
         prefill=2048,
@@ -86,6 +89,7 @@ SETTINGS = {
         mixed_ranks=(1, 2, 3, 4),
         max_large=4,
         num_shared=2,
+        num_places=1,
         num_decodes=6,
         prompts=(8, 16),
         prefill=64,

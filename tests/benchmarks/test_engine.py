@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import engine, report
 from benchmarks.steps.claims import claims
+from benchmarks.steps.section import steps_section
 from benchmarks.steps.settings import SETTINGS
 
 
@@ -26,6 +27,14 @@ def test_every_section_is_measured_and_reported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
     report.main()
     assert "## A step of the engine" in (tmp_path / "performance.md").read_text()
+
+
+def test_loading_beside_steps_is_told_in_words() -> None:
+    row = {"batch": 64, "adapters": "none", "num_adapters": 0, "loaded_rank": 64, "quiet_ms": 5.0, "loading_ms": 5.3}
+    result = {"shape": "s", "context": 5, "dtype": "bfloat16", "streaming": [{**row, "gb_per_s": 50.0, "ratio": 1.06}]}
+    lines = steps_section({**result, "claims": claims(result)})
+    assert any("base model, takes 5.30 ms" in line.replace("\n", " ") and "+6.0%" in line for line in lines)
+    assert "1.060, limit 1.05" in lines[-1]
 
 
 def test_claims_are_judged_by_what_was_measured() -> None:
