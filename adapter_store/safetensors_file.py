@@ -1,6 +1,6 @@
-"""Reads a safetensors file and, where it is damaged, says which tensor and what was found instead.
+"""Reads a safetensors file, of an adapter or of a base model; of a damaged one says which tensor is, and what was found instead.
 
-The safetensors library reports damage without naming the tensor; what it accepts is the same. Knows nothing about adapters.
+The safetensors library reports damage without naming the tensor; what it accepts is the same. Knows nothing about what is in it.
 """
 
 import math
@@ -16,6 +16,7 @@ from adapter_store.image import tensor_bytes
 from adapter_store.json_file import parse_json_object
 
 LENGTH_BYTES = 8
+# An adapter's header is never longer.
 MAX_HEADER_BYTES = 16 << 20
 # Far beyond any tensor, and small enough that sums and products of sizes stay cheap to compute and short to print.
 MAX_DIMENSIONS = 8
@@ -44,7 +45,7 @@ class TensorEntry:
     end: int
 
 
-def read_index(path: Path) -> Mapping[str, TensorEntry]:
+def read_index(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Mapping[str, TensorEntry]:
     """The tensors of the file by name, checked to be all there and to cover the file exactly.
 
     Raises:
@@ -54,9 +55,9 @@ def read_index(path: Path) -> Mapping[str, TensorEntry]:
         file_bytes = os.fstat(file.fileno()).st_size
         start = file.read(LENGTH_BYTES)
         header_bytes = int.from_bytes(start, "little")
-        if len(start) < LENGTH_BYTES or header_bytes > file_bytes - LENGTH_BYTES or header_bytes > MAX_HEADER_BYTES:
+        if len(start) < LENGTH_BYTES or header_bytes > file_bytes - LENGTH_BYTES or header_bytes > max_header_bytes:
             found = (
-                f"a header of {header_bytes} bytes is announced; the file has {file_bytes} bytes, the limit is {MAX_HEADER_BYTES}"
+                f"a header of {header_bytes} bytes is announced; the file has {file_bytes} bytes, the limit is {max_header_bytes}"
             )
             if len(start) < LENGTH_BYTES:
                 found = f"the file has {file_bytes} bytes, less than the {LENGTH_BYTES} of the header's length"

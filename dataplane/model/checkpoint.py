@@ -5,7 +5,6 @@ Knows nothing about what the tensors mean.
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from adapter_store.errors import AdapterCorruptError
+from adapter_store.safetensors_file import LENGTH_BYTES, read_index
 from dataplane.model.config import CONFIG_FILE
 from dataplane.model.errors import ModelWeightsError
 
@@ -84,43 +85,15 @@ def _read_weight_map(index_path: Path) -> Mapping[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, after checking that the file is as long as its header says."""
-    raw = _read_raw_header(path)
-    data_start = 8 + len(raw)
+    """The tensors of one file, after checking that the file is whole."""
     try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        tensors = {
-            name: StoredTensor(
-                path,
-                str(entry["dtype"]),
-                tuple(int(size) for size in entry["shape"]),
-                data_start + int(entry["data_offsets"][0]),
-                data_start + int(entry["data_offsets"][1]),
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelWeightsError(path, [f"malformed safetensors header: {error!r}"]) from error
-    expected = max((tensor.end for tensor in tensors.values()), default=data_start)
-    size = path.stat().st_size
-    if size != expected:
-        raise ModelWeightsError(path, [f"the file has {size} bytes, its header promises {expected}; download it again"])
-    return tensors
-
-
-def _read_raw_header(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 <= length <= MAX_HEADER_BYTES:
-                raise ModelWeightsError(path, [f"not a safetensors file: its first bytes are {prefix!r}"])
-            raw = file.read(length)
+        entries = read_index(path, MAX_HEADER_BYTES)
     except OSError as error:
         raise ModelWeightsError(path, [f"not readable: {error.strerror}"]) from error
-    if len(raw) != length:
-        raise ModelWeightsError(path, [f"the file ends inside its header: {len(raw)} of {length} bytes"])
-    return raw
+    except AdapterCorruptError as error:
+        where = f"tensor {error.tensor}: " if error.tensor else ""
+        raise ModelWeightsError(path, [f"not a whole safetensors file: {where}{error.found}"]) from error
+    return {name: StoredTensor(path, entry.dtype, entry.shape, entry.start, entry.end) for name, entry in entries.items()}
 
 
 def stream_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -144,8 +117,9 @@ def fingerprint(model_dir: Path) -> str:
         return digest.hexdigest()
     tensors = read_checkpoint(model_dir)
     for path in sorted({stored.path for stored in tensors.values()}):
-        digest.update(path.name.encode() + b"\0" + _read_raw_header(path))
         with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            digest.update(path.name.encode() + b"\0" + file.read(header_bytes))
             for stored in sorted((s for s in tensors.values() if s.path == path), key=lambda s: s.begin):
                 file.seek(stored.begin)
                 digest.update(file.read(min(stored.size_bytes, FINGERPRINT_SAMPLE_BYTES)))

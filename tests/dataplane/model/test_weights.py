@@ -133,7 +133,7 @@ def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
     save_model(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelWeightsError, match=r"model.safetensors: (not a safetensors file|the file ends|the file has)"):
+    with pytest.raises(ModelWeightsError, match=r"model.safetensors: not a whole safetensors file: .*the file (has|ends at)"):
         load(tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
 def test_a_malformed_header_is_named(header: bytes, tmp_path: Path) -> None:
     save_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ModelWeightsError, match="malformed safetensors header"):
+    with pytest.raises(ModelWeightsError, match=r"not a whole safetensors file: (header: |tensor a: its header entry)"):
         load(tmp_path)
 
 
