@@ -88,7 +88,7 @@ class TensorCopy:
 
 
 class TensorCopier:
-    """Copies into the pool tensor [num_layers, num_pages, page_elems], one 2-D copy for each run of neighbouring pages.
+    """Copies into the pool tensor [num_layers, num_pages, page_elems], one call for each run of neighbouring pages.
 
     On CUDA it owns one stream, "adapter copies": the copies overlap the engine's steps and are joined by an event. Nothing here
     waits for the device.
@@ -102,19 +102,18 @@ class TensorCopier:
 
     def start(self, image: AdapterImage, pages: Sequence[int]) -> TensorCopy:
         """Starts copying page i of the image into pages[i], in every layer, for when the steps launched by now are done."""
-        table = torch.from_numpy(row_table(image, pages))
         if self._stream is None or self._pages is None:
             for i, length in page_runs(pages):
                 self._pool[:, pages[i] : pages[i] + length].copy_(image.pages[:, i : i + length])
-            return TensorCopy(_adapter(image, table.to(self._pool.device)), None, self._abandoned)
+            return TensorCopy(_adapter(image, torch.from_numpy(row_table(image, pages))), None, self._abandoned)
         self._abandoned[:] = [copy for copy in self._abandoned if not copy.is_done()]
-        staging = table.pin_memory()
         # A step on its way may still read the pages, as KV or as another adapter, and the memory that the table gets: torch gives
         # it out again on this stream as soon as the adapter that had it is dropped, and every write here comes after this.
         self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
         with torch.cuda.stream(self._stream):
-            table = staging.to(self._pool.device, non_blocking=True)
             self._pages.start(image.pages, ((i, pages[i], length) for i, length in page_runs(pages)), self._stream)
+            staging = torch.from_numpy(row_table(image, pages)).pin_memory()
+            table = staging.to(self._pool.device, non_blocking=True)
             done = self._stream.record_event()
         return TensorCopy(_adapter(image, table), CopyOnItsWay(done, (image, staging)), self._abandoned)
 
