@@ -1,0 +1,191 @@
+"""Measures a service under the load of the S-LoRA paper: throughput, latencies, attainment; its own or one that runs already.
+
+    python -m benchmarks.serve --setting S1 --adapters 5,100,1000,2000 --base-only --rates 50%,80%,95% --duration 60
+    python -m benchmarks.serve --target 127.0.0.1:50051 --adapters 20 --rates 4
+    python -m benchmarks.serve --openai http://127.0.0.1:8000 --base-model llama-7b --adapters 32 --system vllm
+
+The load is open loop: a request is sent at its time, whatever became of those before, and its latencies count from that time.
+Rates in percent are of the lowest saturated rate with adapters. `make report` writes docs/performance.md from the results.
+Another plane stands in with --data-plane or --control-plane, whose value may hold options: --data-plane "dataplane --no-overlap".
+"""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from benchmarks.model_shapes import write_config
+from benchmarks.result_file import cpu_name, write_result
+from benchmarks.serving import screen
+from benchmarks.serving.adapters import check_count, provide_adapters, total_bytes
+from benchmarks.serving.bench import Bench, BenchError, Server
+from benchmarks.serving.clients import ClientFailedError, Clients
+from benchmarks.serving.driver import Target
+from benchmarks.serving.grpc_driver import GrpcTarget
+from benchmarks.serving.load_samples import LoadSampler
+from benchmarks.serving.metrics import SLO_S
+from benchmarks.serving.options import Options, parse_options, with_options
+from benchmarks.serving.service import RunningService, ServiceFailedError, ServiceOptions, running_service
+
+PACKAGES = ("torch", "cupy-cuda13x", "flashinfer-python", "grpcio", "numpy")
+# Beside the adapters themselves, in the data plane's host cache.
+HOST_CACHE_SPARE = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A server that is ready, how its clients reach it, and what the result says of it."""
+
+    server: Server
+    target: Target
+    device: str | None
+    about: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes all runs and writes the result file after each, so that what is measured is not lost."""
+    options = parse_options(argv, __doc__)
+    try:
+        with ExitStack() as stack:
+            service = _start_service(options, stack)
+            asyncio.run(_measure_watched(options, service))
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call), "a failed call of a stub is a Call"
+        screen.say(f"{error.code().name}: {error.details()}")
+        return 1
+    except (BenchError, ClientFailedError, ServiceFailedError, ValueError, OSError) as error:
+        screen.say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        screen.say("interrupted")
+        return 130
+    return 0
+
+
+def _start_service(options: Options, stack: ExitStack) -> RunningService | None:
+    if options.target or options.openai:
+        return None
+    model_dir, data_plane, control_plane = options.model_dir, options.data_plane, options.control_plane
+    if options.adapters.ranks:
+        control_plane = with_options(control_plane, {"--allow-dummy-adapters": ""})
+    if model_dir is None:
+        assert options.setting is not None, "without a model there is a setting"
+        model_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.setting.shape.name
+        write_config(options.setting.shape, model_dir)
+        num_bytes = int(HOST_CACHE_SPARE * total_bytes(options.setting.shape, options.adapters))
+        data_plane = with_options(data_plane, {"--host-cache-bytes": str(max(num_bytes, 1 << 30))})
+    screen.say(f"starting {data_plane}; {control_plane}")
+    service = ServiceOptions(model_dir, options.state_dir, options.adapters.directory, data_plane, control_plane)
+    return stack.enter_context(running_service(service))
+
+
+async def _measure_watched(options: Options, service: RunningService | None) -> None:
+    """Ends when a plane of our own ends, and does not wait for answers that nobody will give."""
+    work = asyncio.create_task(_measure(options, service))
+    tasks = [work] if service is None else [work, asyncio.create_task(service.watch())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            await task
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _measure(options: Options, service: RunningService | None) -> None:
+    async with AsyncExitStack() as stack:
+        measured = await stack.enter_async_context(_ready(options, service))
+        clients = stack.enter_context(Clients(measured.target, options.num_clients))
+        bench = Bench(measured.server, clients, options.workload, options.slo_s or SLO_S)
+        if options.num_warm_up:
+            await bench.warm_up(options.num_warm_up)
+        runs: list[dict[str, Any]] = []
+        for plan in options.runs:
+            with screen.run_progress(plan) as on_progress:
+                run = await bench.run(plan, on_progress)
+            screen.show_run(plan, run)
+            runs.append(run)
+            _write(options, measured, runs)
+        screen.say(f"written to {options.out}")
+
+
+@asynccontextmanager
+async def _ready(options: Options, service: RunningService | None) -> AsyncIterator[Measured]:
+    """The server with its adapters."""
+    if options.openai is not None:
+        yield _openai(options)
+        return
+    address = service.address if service is not None else options.target
+    assert address is not None, "a service is started or named"
+    target = GrpcTarget(address, options.token, options.timeout_s, options.with_text, options.slo_s)
+    async with target.channel() as channel:
+        sampler = LoadSampler(target, channel)
+        info = await sampler.info()
+        if not info.data_planes:
+            raise BenchError(f"{address} has no data plane connected")
+        names, registration = await provide_adapters(target, channel, options.adapters)
+        check_count(names, options.num_adapters)
+        if registration:
+            screen.say(f"{registration['count']} adapters registered, {registration['per_s']:.0f} a second")
+        plane = info.data_planes[0]
+        about = {
+            "model": info.base_model,
+            "dtype": plane.dtype,
+            "pool": {"num_pages": plane.num_pages, "page_tokens": plane.page_tokens, "page_bytes": plane.page_bytes},
+            "registration": registration,
+            "startup_s": service.startup_s if service is not None else None,
+        }
+        server = Server(names, info.limits.vocab_size, sampler, service.pids if service is not None else {})
+        yield Measured(server, target, cpu_name() if plane.device.startswith("cpu") else plane.device, about)
+
+
+def _openai(options: Options) -> Measured:
+    # Here and not above: httpx is of the extra `bench`, and nobody else needs it.
+    from benchmarks.serving.openai_driver import OpenAiTarget
+
+    assert options.openai is not None
+    peer = options.openai
+    names = [peer.name_template.format(i=i) for i in range(options.num_adapters)]
+    target = OpenAiTarget(peer.url, peer.base_model, options.token, options.timeout_s, peer.extra)
+    return Measured(Server(names, options.vocab_size), target, None, {"model": peer.base_model})
+
+
+def _write(options: Options, measured: Measured, runs: list[dict[str, Any]]) -> None:
+    setting = options.setting
+    about = {
+        "system": options.system,
+        "setting": setting.name if setting else None,
+        "ranks": list(options.adapters.ranks),
+        "modules": list(options.adapters.modules) if options.adapters.ranks else [],
+        "data_plane": options.data_plane,
+        "control_plane": options.control_plane,
+        "num_clients": options.num_clients,
+        "sent_slo_s": options.slo_s,
+        **measured.about,
+    }
+    device = options.device or measured.device
+    write_result(options.out, {**about, "runs": runs}, _installed(), device=device, commit=options.commit)
+
+
+def _installed() -> tuple[str, ...]:
+    """Packages whose versions matter, of those that are there."""
+    found = []
+    for package in PACKAGES:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            continue
+        found.append(package)
+    return tuple(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

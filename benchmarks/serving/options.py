@@ -1,0 +1,208 @@
+"""The command line of `benchmarks.serve` as data, checked. Starts nothing."""
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result_file import RESULTS
+from benchmarks.serving.adapters import AdapterPlan
+from benchmarks.serving.plan import Rate, RunPlan, Workload, plan_runs
+from benchmarks.workload import ATTENTION, LENGTHS, SATURATED_REQUESTS, SEED, SETTINGS, Setting
+
+DEFAULT_VOCAB_SIZE = 32000
+# A bound that no run reaches: a request that is refused would not be measured. Of our own service alone.
+MAX_WAITING = 1 << 16
+MAX_CLIENTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiOptions:
+    """A server that speaks OpenAI's API. name_template: of adapters, {i} is the number."""
+
+    url: str
+    base_model: str
+    name_template: str
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is measured, and where the result goes. Exactly one of model_dir (or setting), target and openai says where.
+
+    model_dir: None with a setting, whose shape is served with random weights.
+    """
+
+    system: str
+    setting: Setting | None
+    model_dir: Path | None
+    target: str | None
+    openai: OpenAiOptions | None
+    data_plane: str
+    control_plane: str
+    state_dir: Path | None
+    adapters: AdapterPlan
+    runs: tuple[RunPlan, ...]
+    workload: Workload
+    num_clients: int
+    num_warm_up: int
+    slo_s: float | None
+    with_text: bool
+    timeout_s: float
+    token: str
+    vocab_size: int
+    device: str | None
+    commit: str | None
+    out: Path
+
+    @property
+    def num_adapters(self) -> int:
+        """The most that a run draws from."""
+        return max((run.num_adapters for run in self.runs), default=0)
+
+
+def parse_options(argv: Sequence[str] | None = None, description: str | None = None) -> Options:
+    """Reads the command line; ends the process with a message when it is not right."""
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    try:
+        return _options(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    server = parser.add_argument_group("what is measured; one of --setting, --model, --target, --openai")
+    server.add_argument("--setting", choices=SETTINGS, help="start a service of this shape with random weights")
+    server.add_argument("--model", type=Path, metavar="DIR", help="start a service of this model")
+    server.add_argument("--target", metavar="ADDRESS", help="a service that runs; with --setting its adapters are registered")
+    server.add_argument("--openai", metavar="URL", help="a server that speaks OpenAI's API")
+    server.add_argument("--load-format", metavar="NAME", help="of the weights (--setting: dummy, --model: auto)")
+    server.add_argument("--data-plane", default="dataplane", metavar="MODULE ...", help="another one, or more options for it")
+    server.add_argument("--control-plane", default="controlplane", metavar="MODULE ...", help="likewise")
+    server.add_argument("--state-dir", type=Path, metavar="DIR", help="registry, images, logs; stays (a temporary one)")
+    server.add_argument("--token", default="", help="credential for --target, API key for --openai")
+    server.add_argument("--base-model", default="", metavar="NAME", help="--openai: the base model's name there")
+    server.add_argument("--adapter-name-template", default="adapter-{i}", metavar="TEXT", help="--openai: (adapter-{i})")
+    server.add_argument("--openai-extra", type=json.loads, default={}, metavar="JSON", help="--openai: more fields of a request")
+    server.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, metavar="N", help="--openai: of prompts (32000)")
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument("--adapters", default="", metavar="N,N,...", help="how many the load spreads over, one run for each")
+    adapters.add_argument("--ranks", metavar="R,R,...", help="register random ones of these ranks in turn (--setting: its own)")
+    adapters.add_argument("--modules", metavar="NAME,...", help="with --ranks (q, k, v and o, or the setting's)")
+    adapters.add_argument("--adapter-dir", type=Path, metavar="DIR", help="register the PEFT directories in it instead")
+    load = parser.add_argument_group("load")
+    load.add_argument("--base-only", action="store_true", help="measure the base model too, under each load")
+    load.add_argument("--no-saturated", action="store_true", help="no runs with all requests at once")
+    load.add_argument("--requests", type=int, default=SATURATED_REQUESTS, metavar="N", help="when all come at once (400)")
+    load.add_argument("--rates", default="", metavar="R,R,...", help="requests/s; N%% of the lowest saturated rate with adapters")
+    load.add_argument("--cvs", default="1", metavar="CV,...", help="burstiness of arrivals; 1 is Poisson (1)")
+    load.add_argument("--alpha", type=float, default=1.0, help="popularity of adapters; 1 is uniform (1)")
+    load.add_argument("--duration", type=float, default=300.0, metavar="SECONDS", help="of arrivals at a rate (300)")
+    load.add_argument(
+        "--lengths", default=",".join(map(str, LENGTHS)), metavar="FROM,BELOW", help="of prompts and outputs (8,512)"
+    )
+    load.add_argument("--seed", type=int, default=SEED, help="(42)")
+    load.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE", help="replay a trace; repeatable")
+    client = parser.add_argument_group("client")
+    client.add_argument("--clients", type=int, metavar="N", help="processes (a quarter of the cores, at most 4)")
+    client.add_argument("--warmup", type=int, default=32, metavar="N", help="requests before the first run (32)")
+    client.add_argument(
+        "--slo", type=float, metavar="SECONDS", help="send this as ttft_slo, and judge by it (judge by 6, send none)"
+    )
+    client.add_argument("--text", action="store_true", help="have the service make text too, not token ids alone")
+    client.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (600)")
+    result = parser.add_argument_group("result")
+    result.add_argument("--system", default="loraplane", help="what was measured, for the report (loraplane)")
+    result.add_argument("--device", help="where, if the server does not say")
+    result.add_argument("--commit", help="of what was measured, if that is a copy without its history")
+    result.add_argument("--out", type=Path, metavar="FILE", help="(benchmarks/results/serving_SYSTEM_SETTING.json)")
+    return parser
+
+
+def _options(args: argparse.Namespace) -> Options:
+    setting = SETTINGS[args.setting] if args.setting else None
+    num_places = sum(bool(place) for place in (args.model or (setting and not args.target), args.target, args.openai))
+    if num_places != 1 or (args.openai and setting):
+        raise ValueError("one of --setting, --model, --target and --openai says what is measured (--setting goes with --target)")
+    if args.openai and not args.base_model:
+        raise ValueError("--openai needs --base-model, the base model's name there")
+    runs = _runs(args)
+    num_adapters = max((run.num_adapters for run in runs), default=0)
+    dummy = args.load_format or ("dummy" if setting and not args.model else "auto")
+    name = "_".join(filter(None, (args.system, args.setting)))
+    return Options(
+        system=args.system,
+        setting=setting,
+        model_dir=args.model,
+        target=args.target,
+        openai=_openai(args) if args.openai else None,
+        data_plane=with_options(args.data_plane, {"--load-format": dummy}),
+        control_plane=with_options(args.control_plane, {"--max-waiting": str(MAX_WAITING)}),
+        state_dir=args.state_dir,
+        adapters=_adapter_plan(args, setting, num_adapters),
+        runs=runs,
+        workload=Workload(args.alpha, args.duration, args.requests, args.seed, _lengths(args.lengths)),
+        num_clients=args.clients or max(1, min(MAX_CLIENTS, (os.cpu_count() or 1) // 4)),
+        num_warm_up=args.warmup,
+        slo_s=args.slo,
+        with_text=args.text,
+        timeout_s=args.timeout,
+        token=args.token,
+        vocab_size=args.vocab_size,
+        device=args.device,
+        commit=args.commit,
+        out=args.out or RESULTS / f"serving_{name}.json",
+    )
+
+
+def _openai(args: argparse.Namespace) -> OpenAiOptions:
+    return OpenAiOptions(args.openai, args.base_model, args.adapter_name_template, args.openai_extra)
+
+
+def _runs(args: argparse.Namespace) -> tuple[RunPlan, ...]:
+    numbers = [int(text) for text in _split(args.adapters)]
+    rates = [Rate.parse(text) for text in _split(args.rates)]
+    cvs = [float(text) for text in _split(args.cvs)]
+    if args.trace:
+        return tuple(RunPlan(max(numbers, default=0), trace=path) for path in args.trace)
+    if not numbers and not args.base_only:
+        raise ValueError("nothing to run: give --adapters, --base-only or --trace")
+    if any(rate.is_share for rate in rates) and args.no_saturated:
+        raise ValueError("a rate in percent is of the saturated one; leave --no-saturated out")
+    return tuple(plan_runs(numbers, rates, cvs, base_only=args.base_only, saturated=not args.no_saturated))
+
+
+def _adapter_plan(args: argparse.Namespace, setting: Setting | None, count: int) -> AdapterPlan:
+    if args.adapter_dir is not None:
+        return AdapterPlan(count, directory=args.adapter_dir)
+    if args.openai:
+        return AdapterPlan(count)
+    ranks = tuple(int(text) for text in _split(args.ranks)) if args.ranks else setting.ranks if setting else ()
+    modules = tuple(_split(args.modules)) if args.modules else setting.modules if setting else ATTENTION
+    return AdapterPlan(count, ranks, modules, args.seed)
+
+
+def with_options(command: str, defaults: dict[str, str]) -> str:
+    """The command with options that it does not have already."""
+    words = shlex.split(command)
+    for flag, value in defaults.items():
+        if not any(word == flag or word.startswith(f"{flag}=") for word in words):
+            words.append(f"{flag}={value}" if value else flag)
+    return shlex.join(words)
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    low, below = (int(part) for part in _split(text))
+    return low, below
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
