@@ -21,8 +21,9 @@ from protos.planes import EngineSampling
 # (the torch backend gathers a bounded number at once), and a start-up should not take as long as the longest context does.
 _MAX_CONTEXT_TOKENS = 1 << 18
 
-# A captured graph keeps descriptions of its launches on the device beside the tensors: about 8 MiB for a deep model.
-_GRAPH_BYTES = 8 << 20
+# What a captured step keeps of the device for each layer beside tensors, in one graph or in several: descriptions of a dozen
+# launches. An upper estimate; the driver does not tell.
+_CAPTURED_LAYER_BYTES = 256 << 10
 
 # Everything that a row can ask of the sampler at once.
 _SAMPLING = EngineSampling(
@@ -41,12 +42,12 @@ _SAMPLING = EngineSampling(
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What no step exceeds. graph_rows: sizes of the steps that will be captured as CUDA graphs, ascending; none without them."""
+    """What no step exceeds. captured_rows: of each step that will be captured in CUDA graphs, its rows; none without them."""
 
     token_budget: int
     max_num_seqs: int
     max_model_len: int
-    graph_rows: tuple[int, ...] = ()
+    captured_rows: tuple[int, ...] = ()
 
 
 @torch.inference_mode()
@@ -73,9 +74,10 @@ def measure_step_bytes(
         sampler.launch(logits, [SamplingRow(_SAMPLING, history, len(history) - 1)] * len(logits)).wait()
 
     num_bytes = _peak_bytes(whole_step, device)
-    if limits.graph_rows:
+    if limits.captured_rows:
         # Graphs are replayed one at a time and share their memory, which is that of the largest; it stays taken between replays.
-        num_bytes += _peak_bytes(lambda: forward(limits.graph_rows[-1]), device) + len(limits.graph_rows) * _GRAPH_BYTES
+        num_bytes += _peak_bytes(lambda: forward(max(limits.captured_rows)), device)
+        num_bytes += len(limits.captured_rows) * geometry.num_layers * _CAPTURED_LAYER_BYTES
     return num_bytes
 
 
