@@ -14,8 +14,8 @@ from benchmarks.baselines.row_tables import RowTables
 from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraTarget
 from kernels.plan_layout import MAX_VECTOR_TOKENS, LoraLimits
 
-# Rows are copied in elements of this size, where their lengths allow it; they start at multiples of 16 bytes.
-_WIDE = torch.int64
+# Rows are copied in elements of 16 bytes, at multiples of which they start, where their lengths allow it.
+_WIDE = torch.complex128
 
 Longs = NDArray[np.int64]
 

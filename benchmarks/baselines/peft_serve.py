@@ -96,6 +96,8 @@ def _run(options: PeftOptions, generator: PeftGenerator, num_adapters: int) -> d
     clock = Clock(generator.now, generator.sleep)
     outcomes, counts = serve_static(requests, generator, limits, options.max_seconds, clock, _show_batch(generator.now))
     wall_s = generator.now()
+    # Of requests that were cut off as well: what they got was computed for somebody.
+    useful_tokens = sum(outcome.num_tokens for outcome in outcomes)
     about: dict[str, Any] = {"kind": "saturated", "num_adapters": num_adapters, "alpha": options.alpha, "seed": options.seed}
     if options.rate is not None:
         about |= {"kind": "open_loop", "rate": options.rate, "cv": options.cv, "duration_s": options.duration_s}
@@ -108,8 +110,8 @@ def _run(options: PeftOptions, generator: PeftGenerator, num_adapters: int) -> d
             "count": counts.batches,
             "mean_requests": counts.computed_tokens / counts.steps if counts.steps else 0.0,
             "computed_tokens_per_s": counts.computed_tokens / wall_s,
-            # Of requests that were cut off as well: what they got was computed for somebody.
-            "useful_share": sum(o.num_tokens for o in outcomes) / max(1, counts.computed_tokens),
+            "useful_tokens_per_s": useful_tokens / wall_s,
+            "useful_share": useful_tokens / max(1, counts.computed_tokens),
             "too_large": counts.too_large,
             "max_tokens": limits.max_tokens,
             "adapter_copies": generator.num_copies - copies_before,
