@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.loading.section import adapters_section
 from benchmarks.markdown import table
 from benchmarks.result_file import RESULTS
 from benchmarks.soak.section import soak_section
@@ -88,6 +89,7 @@ def _control_plane(result: dict[str, Any]) -> list[str]:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "kernels": _kernels,
     "engine": steps_section,
+    "adapters": adapters_section,
     "churn": soak_section,
     "control_plane": _control_plane,
 }
