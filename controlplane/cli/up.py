@@ -143,7 +143,9 @@ class Service:
         self._output.console.print(
             f"loraplane serves {self._config.model} at {address} ({human_seconds(duration_s)})", markup=False
         )
-        for example in ('generate "Once upon a time"', "adapters register NAME DIRECTORY", "status"):
+        has_text = (self._config.model / "tokenizer.json").is_file()
+        prompt = '"Once upon a time"' if has_text else "--token-ids 1,2,3"
+        for example in (f"generate {prompt}", "adapters register NAME DIRECTORY", "status"):
             self._output.note(f"  loraplane {example}{server}")
         self._output.note(f"logs are in {self._config.log_dir}; Ctrl-C stops it")
 
