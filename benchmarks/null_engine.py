@@ -40,7 +40,11 @@ GEOMETRY = BaseGeometry(
 
 @dataclass(frozen=True, slots=True)
 class NullConfig:
-    """Sizes of the data plane that is played. Every adapter takes `adapter_pages`, and `adapter_steps` steps to load."""
+    """Sizes of the data plane that is played. Every adapter takes `adapter_pages`, and `adapter_steps` steps to load.
+
+    runs_ahead: a step has the pages of the next one already when it is reported, as in an engine that launches a step while the
+        one before it computes.
+    """
 
     num_pages: int = 65536
     max_num_seqs: int = 256
@@ -52,6 +56,7 @@ class NullConfig:
     adapter_steps: int = 2
     broken_adapters: frozenset[str] = frozenset()
     step_s: float = 0.0
+    runs_ahead: bool = False
     geometry: BaseGeometry = GEOMETRY
 
 
@@ -109,6 +114,7 @@ class NullEngine:
 
     def __init__(self, config: NullConfig, epoch: int = 1) -> None:
         self.config = config
+        self._page_tokens = config.geometry.page_tokens
         self.epoch = epoch
         self.standing: dict[int, _Held] = {}
         self.loading: dict[str, int] = {}  # digest: steps to go
@@ -165,8 +171,7 @@ class NullEngine:
     def counts(self) -> PoolCounts:
         """Pages by use."""
         adapters = self.config.adapter_pages * len(self.on_device)
-        idle = self.config.adapter_pages * len(self._idle_adapters())
-        return PoolCounts(self._kv_pages, adapters, idle, self.config.num_pages - self._stolen_pages - self._kv_pages - adapters)
+        return PoolCounts(self._kv_pages, adapters, self._idle_pages, self._free_pages)
 
     def _idle_adapters(self) -> list[str]:
         return [digest for digest in self.on_device if not self._users[digest] and digest not in self._pinned]
@@ -226,6 +231,10 @@ class NullEngine:
             self._draft.num_prefill += 0 if is_decode else granted
             if granted and held.num_computed == held.num_tokens:
                 self._sample(key, held)
+        if self.config.runs_ahead:
+            for held in self.standing.values():
+                if held.is_ready and held.num_computed == held.num_tokens - 1:
+                    self._grow(held, 1)
 
     def _make_ready(self, held: _Held, may_allocate: bool) -> bool:
         digest = held.admitted.adapter_digest
@@ -246,11 +255,17 @@ class NullEngine:
 
     @property
     def _free_pages(self) -> int:
-        return self.counts.free_pages
+        adapters = self.config.adapter_pages * len(self.on_device)
+        return self.config.num_pages - self._stolen_pages - self._kv_pages - adapters
+
+    @property
+    def _idle_pages(self) -> int:
+        return self.config.adapter_pages * len(self._idle_adapters())
 
     def _reclaim(self, num_pages: int) -> bool:
-        counts = self.counts
-        if counts.free_pages + counts.idle_adapter_pages < num_pages:
+        if self._free_pages >= num_pages:
+            return True
+        if self._free_pages + self._idle_pages < num_pages:
             return False
         for digest in self._idle_adapters():
             if self._free_pages >= num_pages:
@@ -260,13 +275,12 @@ class NullEngine:
         return True
 
     def _room(self, held: _Held, wanted: int) -> int:
-        return min(wanted, held.pages * self.config.geometry.page_tokens - held.num_computed)
+        return min(wanted, held.pages * self._page_tokens - held.num_computed)
 
     def _grow(self, held: _Held, wanted: int) -> int:
-        missing = ceil((held.num_computed + wanted) / self.config.geometry.page_tokens) - held.pages
+        missing = ceil((held.num_computed + wanted) / self._page_tokens) - held.pages
         if missing > 0:
-            counts = self.counts
-            granted = min(missing, counts.free_pages + counts.idle_adapter_pages)
+            granted = missing if self._free_pages >= missing else min(missing, self._free_pages + self._idle_pages)
             self._reclaim(granted)
             held.pages += granted
             self._kv_pages += granted

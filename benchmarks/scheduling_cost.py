@@ -12,7 +12,7 @@ from protos.planes import EngineSampling
 
 ADDRESS = "data plane"
 NUM_REPORTS = 2000
-NUM_ADAPTERS = 500
+NUM_ADAPTERS = 2000
 
 
 def measure_scheduling(num_running: int, num_waiting: int) -> dict[str, float]:

@@ -41,6 +41,8 @@ class DataPlane:
         self.address = address
         self.description = description
         self.ledger = Ledger(description.num_pages, description.geometry.page_tokens)
+        cached_pages = description.host_cache_bytes // description.geometry.page_bytes or description.num_pages
+        self.max_prefetch_pages = max(1, cached_pages // 2)
         self.running: dict[int, Request] = {}
         self.adapters: dict[str, AdapterEvent] = {event.digest: event for event in state.adapters}
         self.adapter_last_used: dict[str, float] = {}

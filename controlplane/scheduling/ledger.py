@@ -47,7 +47,9 @@ class Ledger:
     """Exact page counts of one data plane, all of them kept up to date as things change, never summed up anew.
 
     A request with t tokens is charged ceil((t + 1) / page_tokens) pages, never more than its longest form needs: its t tokens
-    and the one that the step under way may add. Admission looks one page further ahead for every running request.
+    and the one that the step under way may add. That covers an engine that runs a step ahead too: when it reports token t, the
+    step that computes t is launched and has its page, and nothing further. What it computes for nothing, behind a token that
+    ended the request, is within the same page count. Admission looks one page further ahead for every running request.
     """
 
     def __init__(self, num_pages: int, page_tokens: int) -> None:
@@ -125,7 +127,10 @@ class Ledger:
         if charge is None:
             return
         charge.num_tokens += num_tokens
-        added = min(charge.num_tokens // self._page_tokens + 1, charge.max_pages) - charge.pages
+        pages = charge.num_tokens // self._page_tokens + 1
+        if pages <= charge.pages:
+            return
+        added = min(pages, charge.max_pages) - charge.pages
         if added <= 0:
             return
         lookahead = charge.lookahead

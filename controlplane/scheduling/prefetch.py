@@ -7,7 +7,8 @@ from controlplane.scheduling.placement import preferred
 from controlplane.scheduling.request import Request
 from protos.planes import AdapterPlace
 
-MAX_PREFETCH = 16
+# Waiting requests whose adapters are named: as many as are admitted in a second and more, so that each adapter is there in time.
+LOOKAHEAD = 64
 MAX_PRELOAD = 64
 
 
@@ -44,14 +45,26 @@ class PreloadList:
         return list(self._digests)
 
 
-def prefetch_lists(waiting: Sequence[Request], preload: Sequence[str], data_planes: Sequence[DataPlane]) -> dict[str, list[str]]:
-    """For each data plane's address, digests, soonest first: of waiting requests where each would go, then the preloads."""
-    lists: dict[str, list[str]] = {data_plane.address: [] for data_plane in data_planes}
+def prefetch_lists(
+    waiting: Sequence[Request], preload: Sequence[str], data_planes: Sequence[DataPlane]
+) -> dict[str, tuple[str, ...]]:
+    """For each data plane's address, digests, soonest first: of waiting requests where each would go, then the preloads.
+
+    What has to be fetched for them takes no more than half of the host cache, or the last would push out the first.
+    """
+    lists: dict[str, dict[str, None]] = {data_plane.address: {} for data_plane in data_planes}
+    room = {data_plane.address: data_plane.max_prefetch_pages for data_plane in data_planes}
+    alone = data_planes[0] if len(data_planes) == 1 else None
     for request in waiting:
-        data_plane = preferred(request, data_planes) if request.adapter_digest else None
-        if data_plane is not None and request.adapter_digest not in lists[data_plane.address]:
-            lists[data_plane.address].append(request.adapter_digest)
+        adapter = request.spec.adapter
+        data_plane = None if adapter is None else alone or preferred(request, data_planes)
+        if adapter is None or data_plane is None:
+            continue
+        digests = lists[data_plane.address]
+        if adapter.digest not in digests and room[data_plane.address] > 0:
+            digests[adapter.digest] = None
+            is_there = data_plane.place(adapter.digest) is AdapterPlace.DEVICE
+            room[data_plane.address] -= 0 if is_there else adapter.num_pages
     for digests in lists.values():
-        del digests[MAX_PREFETCH:]
-        digests.extend(digest for digest in preload if digest not in digests)
-    return lists
+        digests.update(dict.fromkeys(preload))
+    return {address: tuple(digests) for address, digests in lists.items()}

@@ -14,7 +14,7 @@ from controlplane.scheduling.data_plane import DataPlane
 from controlplane.scheduling.deadlines import Deadlines
 from controlplane.scheduling.placement import choose
 from controlplane.scheduling.policy import FcfsPolicy
-from controlplane.scheduling.prefetch import MAX_PREFETCH, PreloadList, prefetch_lists
+from controlplane.scheduling.prefetch import LOOKAHEAD, PreloadList, prefetch_lists
 from controlplane.scheduling.request import Request, RequestState
 from controlplane.scheduling.step_events import EndedRequest, SampledTokens, StepEvents
 from controlplane.scheduling.waiting_queue import WaitingQueue
@@ -289,6 +289,6 @@ class Scheduler:
             return
         self._listed_version = version
         data_planes = list(self._connected.values())
-        lists = prefetch_lists(self._waiting.first(2 * MAX_PREFETCH), self._preload.digests(), data_planes)
+        lists = prefetch_lists(self._waiting.first(LOOKAHEAD), self._preload.digests(), data_planes)
         for data_plane in data_planes:
-            data_plane.set_lists(tuple(lists[data_plane.address]), self._pinned)
+            data_plane.set_lists(lists[data_plane.address], self._pinned)

@@ -1,5 +1,6 @@
 """The scheduler's decisions one by one: order, preemption, deadlines, placement, prefetch, loss of a data plane."""
 
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,35 @@ def test_admission_is_by_priority_then_by_arrival(spec: MakeSpec, harness: MakeH
     low, high, low_too = (world.submit(spec(seed=n, priority=p)) for n, p in ((2, 0), (3, 5), (4, 0)))
     world.run()
     assert world.started == [first, high, low, low_too]
+
+
+def test_the_place_of_a_finished_request_is_taken_by_the_very_next_update(spec: MakeSpec, harness: MakeHarness) -> None:
+    world = harness([NullConfig(max_num_seqs=2)])
+    first, second, third = (world.submit(spec(max_tokens=n, seed=n)) for n in (3, 9, 2))
+    wire = world.wires["dp0"]
+    while first not in world.ended:
+        while wire.apply_update():
+            pass
+        wire.step()
+        world.deliver_report("dp0")
+    assert [[admitted.request_key for admitted in update.admit] for update in wire.updates] == [[third.request_key]]
+    world.run()
+    assert second in world.ended
+
+
+def test_a_long_queue_of_many_adapters_keeps_the_batch_full_and_preempts_nobody(
+    spec: MakeSpec, adapter: MakeAdapter, harness: MakeHarness
+) -> None:
+    # The saturated load of the S-LoRA paper on a large GPU, at a sixteenth of its places and pages.
+    config = NullConfig(num_pages=856, max_num_seqs=16, token_budget=128, max_model_len=2048, runs_ahead=True)
+    world, rng = harness([config]), random.Random(42)
+    for n in range(48):
+        world.submit(spec(rng.randrange(8, 512), rng.randrange(8, 512), adapter(n), seed=n))
+    while world.scheduler.num_waiting:
+        assert world.turn()
+        assert world.scheduler.num_running == 16 or not world.scheduler.num_waiting
+    world.run()
+    assert world.scheduler.connected["dp0"].num_preemptions == 0
 
 
 def test_the_waiting_queue_is_bounded(spec: MakeSpec, harness: MakeHarness) -> None:

@@ -99,15 +99,16 @@ class World:
 
 
 @LAWS
-@given(moves=moves, num_planes=st.integers(1, 2))
+@given(moves=moves, num_planes=st.integers(1, 2), runs_ahead=st.booleans())
 def test_no_request_is_lost_and_every_token_is_right(
     moves: list[Move],
     num_planes: int,
+    runs_ahead: bool,
     spec: Callable[..., RequestSpec],
     adapter: Callable[..., AdapterRef],
     harness: "Callable[..., Harness]",
 ) -> None:
-    config = NullConfig(num_pages=NUM_PAGES, max_num_seqs=6, token_budget=24, vocab_size=1000)
+    config = NullConfig(num_pages=NUM_PAGES, max_num_seqs=6, token_budget=24, vocab_size=1000, runs_ahead=runs_ahead)
     world = World(harness([config] * num_planes), spec, adapter)
     for move in moves:
         world.play(move)
