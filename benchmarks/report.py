@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.loading.section import adapters_section
 from benchmarks.markdown import table
 from benchmarks.result_file import RESULTS
+from benchmarks.serving.section import serving_section
 from benchmarks.soak.section import soak_section
 from benchmarks.steps.section import steps_section
 
@@ -42,6 +43,9 @@ SCHEDULING = (
 def main() -> None:
     """Writes the page from the results that are there."""
     sections = [HEAD]
+    serving = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("serving_*.json"))}
+    if serving:
+        sections.append("\n".join(serving_section(serving, PAGE.parent, _source)))
     for name, write in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():

@@ -13,9 +13,12 @@ from benchmarks.serving.service import Plane, RunningService, ServiceFailedError
 
 def test_a_service_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> None:
     options = ServiceOptions(tmp_path, tmp_path / "state", data_plane="benchmarks.no_such_plane --x 'a b'")
-    with pytest.raises(
-        ServiceFailedError, match=r"(?s)no_such_plane ended with exit code 1.*data-plane.log ends with:.*No module"
-    ), running_service(options):
+    with (
+        pytest.raises(
+            ServiceFailedError, match=r"(?s)no_such_plane ended with exit code 1.*data-plane.log ends with:.*No module"
+        ),
+        running_service(options),
+    ):
         pass
 
 
