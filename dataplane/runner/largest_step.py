@@ -89,10 +89,10 @@ def largest_step(limits: StepLimits, num_tokens: int, page_tokens: int, adapter:
     num_requests = min(limits.max_num_seqs, num_tokens)
     # One token each; what is left goes to prompts, the last request's first.
     spare = num_tokens - num_requests - np.arange(num_requests)[::-1] * (limits.max_model_len - 1)
-    lengths = 1 + np.clip(spare, 0, limits.max_model_len - 1)
+    lengths = (1 + np.clip(spare, 0, limits.max_model_len - 1)).astype(np.int32)
     decode_len = max(1, min(limits.max_model_len, _MAX_CONTEXT_TOKENS // num_requests))
     prefill_len = min(limits.max_model_len, _MAX_CONTEXT_TOKENS)
-    context_lens = np.maximum(lengths, np.where(lengths > 1, prefill_len, decode_len))
+    context_lens = np.maximum(lengths, np.where(lengths > 1, prefill_len, decode_len)).astype(np.int32)
     query_starts, page_starts = _running_sum(lengths), _running_sum(-(-context_lens // page_tokens))
     positions = np.arange(query_starts[-1]) + np.repeat(context_lens - query_starts[1:], lengths)
     return StepArrays(
@@ -100,7 +100,7 @@ def largest_step(limits: StepLimits, num_tokens: int, page_tokens: int, adapter:
         positions=positions.astype(np.int32),
         slots=(positions % page_tokens).astype(np.int32),
         query_starts=query_starts,
-        context_lens=context_lens.astype(np.int32),
+        context_lens=context_lens,
         page_starts=page_starts,
         page_ids=np.zeros(page_starts[-1], dtype=np.int32),
         logits_rows=query_starts[1:] - 1,
