@@ -7,19 +7,24 @@ from dataclasses import dataclass
 import torch
 
 from adapter_store.geometry import BaseGeometry
-from dataplane.attention.choice import attention_backend, why_torch_attention
+from dataplane.attention.choice import attention_backend
 from dataplane.attention.interface import AttentionBackend, AttentionShape
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.engine.admission import EngineLimits
 from dataplane.errors import DataPlaneError
+from dataplane.flashinfer_library import why_no_flashinfer
 from dataplane.memory.page_pool import PagePool
 from dataplane.memory.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import ModelConfig, load_model_config
 from dataplane.model.decoder import Decoder, lora_groups
+from dataplane.model.layer_ops import LayerOps
+from dataplane.model.layer_ops_choice import layer_ops, why_torch_layer_ops
 from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
+from dataplane.runner.graphed_model import GraphedModel
 from dataplane.runner.largest_step import StepLimits, measure_step_bytes
-from dataplane.runner.model_runner import ForwardModel, TorchModelRunner
+from dataplane.runner.model_runner import TorchModelRunner
+from dataplane.runner.padded_sizes import mixed_sizes
 from dataplane.runner.sampling import Sampler
 from dataplane.runner.step_buffers import StepBuffers
 from kernels.backend import lora_ops, why_torch
@@ -51,7 +56,7 @@ class LoadedModel:
     device: torch.device
     pool: torch.Tensor
     decoder: Decoder
-    model: ForwardModel
+    model: GraphedModel
     buffers: StepBuffers
     sampler: Sampler
     runs_ahead: bool
@@ -77,9 +82,12 @@ def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts:
     weights = _weights(config, model_config, dtype, device, progress)
     lora = _lora_ops(config, model_config, dtype, device, parts or Parts())
     attention = _attention(model_config, geometry.page_tokens, dtype, device)
-    decoder = Decoder(model_config, weights, lora, attention)
+    decoder = Decoder(model_config, weights, lora, attention, _layer_ops(model_config, dtype, device))
+    model = GraphedModel(decoder, config.max_num_seqs, config.token_budget)
+    uses_graphs = config.cuda_graphs and model.can_be_captured
     sampler = Sampler(model_config.vocab_size, model_config.eos_token_ids, config.max_num_seqs, device)
-    step_limits = StepLimits(config.token_budget, config.max_num_seqs, max_model_len)
+    graph_rows = mixed_sizes(config.token_budget) if uses_graphs else ()
+    step_limits = StepLimits(config.token_budget, config.max_num_seqs, max_model_len, graph_rows)
     num_pages = choose_num_pages(
         config, geometry, max_model_len, device, lambda: measure_step_bytes(decoder, sampler, geometry, step_limits, device)
     )
@@ -88,11 +96,13 @@ def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts:
     limits = _limits(config, model_config, geometry, max_model_len, num_pages)
     pool = _allocate_pool(geometry, num_pages, device)
     buffers = StepBuffers(config.token_budget, geometry.page_tokens, num_pages, device)
+    if uses_graphs:
+        model.capture(buffers, pool)
     runs_ahead = config.overlap and device.type == "cuda"
     _log.info(
         "model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype_name
     )
-    return LoadedModel(model_config, geometry, limits, device, pool, decoder, decoder, buffers, sampler, runs_ahead)
+    return LoadedModel(model_config, geometry, limits, device, pool, decoder, model, buffers, sampler, runs_ahead)
 
 
 def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device) -> torch.Tensor:
@@ -121,10 +131,17 @@ def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, d
 def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     windows = frozenset(model.layer_windows)
     shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, page_tokens, windows)
-    reason = why_torch_attention(shape, dtype, device)
+    reason = why_no_flashinfer(model.head_dim, dtype, device)
     if device.type == "cuda" and reason is not None:
         _log.warning("attention runs on plain torch, which is slow: %s", reason)
     return attention_backend(shape, dtype, device)
+
+
+def _layer_ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> LayerOps:
+    reason = why_torch_layer_ops(model, dtype, device)
+    if device.type == "cuda" and reason is not None:
+        _log.warning("norms, rotary positions and SwiGLU run on plain torch, which is slow: %s", reason)
+    return layer_ops(model, dtype, device)
 
 
 def _device(config: DataPlaneConfig) -> torch.device:

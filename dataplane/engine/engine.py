@@ -29,7 +29,7 @@ from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import PackedStep, StepPacker
 from dataplane.memory.page_pool import PageKind, PagePool
 from dataplane.memory.residency import Residency
-from dataplane.runner.sampling import SampledToken
+from dataplane.runner.sampling_row import SampledToken
 from protos.planes import AdmittedRequest, BatchUpdate, EngineFinishReason, EngineState, PoolCounts, StepTiming
 
 _log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dataplane.engine.step_packer import ScheduledChunk
-from dataplane.runner.sampling import SampledToken
+from dataplane.runner.sampling_row import SampledToken
 
 
 class LaunchedStep(Protocol):

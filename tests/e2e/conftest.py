@@ -28,9 +28,8 @@ from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
 from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig
+from dataplane.engine.model_runner import LaunchedStep, ModelRunner
 from dataplane.engine.step_packer import ScheduledChunk
-from dataplane.runner.model_runner import ModelRunner
-from dataplane.runner.sampling import SampledToken
 from dataplane.service.server import DataPlaneServer
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2_grpc
 
@@ -352,6 +351,7 @@ def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
     """run(model, scenario, **data_plane_options) serves the model, awaits scenario(service), and checks every pool at the end.
 
     extra_step_s: added to every step; those of a tiny model are shorter than a message takes, those of a real one are not.
+    runs_ahead: whether a step is launched before the one before it is waited for, on a CPU too.
     """
     device: str = request.param
 
@@ -362,11 +362,13 @@ def run_service(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
         num_data_planes: int = 1,
         control_plane: dict[str, Any] | None = None,
         extra_step_s: float = 0.0,
+        runs_ahead: bool = False,
         **options: Any,
     ) -> None:
         async def main() -> None:
             options.setdefault("device", device)
-            async with _serve(tmp_path, model, num_data_planes, control_plane or {}, extra_step_s, options) as service:
+            steering = _Steering(extra_step_s, runs_ahead)
+            async with _serve(tmp_path, model, num_data_planes, control_plane or {}, steering, options) as service:
                 await scenario(service)
                 await service.wait_idle()
 
@@ -381,7 +383,7 @@ async def _serve(
     model: TinyModel,
     num_data_planes: int,
     control_plane: dict[str, Any],
-    extra_step_s: float,
+    steering: "_Steering",
     options: dict[str, Any],
 ) -> AsyncIterator[Service]:
     """Both planes over Unix sockets. The engines check their integrity when they end, and their failure fails the test."""
@@ -392,7 +394,7 @@ async def _serve(
         data_planes, addresses = [], []
         for number in range(num_data_planes):
             address = f"unix:{root}/dp{number}"
-            data_plane = RunningDataPlane(replace(default, listen=(address,), **options), extra_step_s)
+            data_plane = RunningDataPlane(replace(default, listen=(address,), **options), steering)
             await data_plane.start()
             stack.push_async_callback(data_plane.stop)
             data_planes.append(data_plane)
@@ -413,17 +415,16 @@ async def _serve(
 class RunningDataPlane:
     """A data plane that can be stopped and started again, with another epoch and an empty pool."""
 
-    def __init__(self, config: DataPlaneConfig, extra_step_s: float) -> None:
+    def __init__(self, config: DataPlaneConfig, steering: "_Steering") -> None:
         self._config = config
-        self._extra_step_s = extra_step_s
+        self._steering = steering
         self._data_plane: DataPlane | None = None
         self._server: DataPlaneServer | None = None
 
     async def start(self) -> None:
         """Loads and listens."""
         self._data_plane = load_data_plane(self._config)
-        if self._extra_step_s:
-            self._data_plane.engine._runner = _SlowRunner(self._data_plane.engine._runner, self._extra_step_s)
+        self._data_plane.engine._runner = _SteeredRunner(self._data_plane.engine._runner, self._steering)
         self._server = DataPlaneServer(self._data_plane, self._config.listen, self._config.stop_timeout_s)
         await self._server.start()
 
@@ -436,14 +437,23 @@ class RunningDataPlane:
         assert self._data_plane.engine.num_running == 0
 
 
-class _SlowRunner:
-    """A model runner that takes longer."""
+@dataclass(frozen=True)
+class _Steering:
+    """How a test changes the pace of a data plane."""
 
-    def __init__(self, runner: ModelRunner, extra_step_s: float) -> None:
+    extra_step_s: float
+    runs_ahead: bool
+
+
+class _SteeredRunner:
+    """A model runner whose steps take longer, or that is waited for late as on a GPU."""
+
+    def __init__(self, runner: ModelRunner, steering: _Steering) -> None:
         self._runner = runner
-        self._extra_step_s = extra_step_s
+        self._extra_step_s = steering.extra_step_s
+        self.runs_ahead = steering.runs_ahead or runner.runs_ahead
 
-    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[SampledToken, ...]:
-        """Computes the chunks, in more time."""
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> LaunchedStep:
+        """Starts computing the chunks, some time later."""
         time.sleep(self._extra_step_s)
-        return self._runner.run(chunks)
+        return self._runner.launch(chunks)

@@ -144,14 +144,14 @@ def test_a_step_that_takes_long_holds_up_no_other_call(
 ) -> None:
     model = build_model("llama", (2, 8, 12, 16))
     is_in_step, may_go_on = threading.Event(), threading.Event()
-    run = TorchModelRunner.run
+    launch = TorchModelRunner.launch
 
-    def run_slowly(runner: TorchModelRunner, chunks: Any) -> Any:
+    def launch_slowly(runner: TorchModelRunner, chunks: Any) -> Any:
         is_in_step.set()
         assert may_go_on.wait(60)
-        return run(runner, chunks)
+        return launch(runner, chunks)
 
-    monkeypatch.setattr(TorchModelRunner, "run", run_slowly)
+    monkeypatch.setattr(TorchModelRunner, "launch", launch_slowly)
 
     async def scenario(service: "Service") -> None:
         running = asyncio.create_task(service.generate("", PROMPT, max_tokens=20, ignore_eos=True))

@@ -355,7 +355,7 @@ def test_an_engine_that_fails_is_not_serving(served: Served, monkeypatch: pytest
         def fail(chunks: object) -> None:
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(data_plane.engine._runner, "run", fail)
+        monkeypatch.setattr(data_plane.engine._runner, "launch", fail)
         (address,) = await server.start()
         async with grpc.aio.insecure_channel(address) as channel:
             control = await Control.open(channel)
