@@ -3,18 +3,20 @@
 import secrets
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from adapter_store.errors import HostMemoryError
 from adapter_store.host_cache import HostCache
 from adapter_store.image_store import ImageStore
 from dataplane.config import DataPlaneConfig
 from dataplane.engine.engine import Engine
 from dataplane.engine.inbox import Inbox
 from dataplane.errors import DataPlaneError
-from dataplane.loading import LoadedModel, Parts, load_model
+from dataplane.loading import BaseModel, LoadedModel, Parts, load_model, read_base_model
 from dataplane.memory.adapter_copy import TensorCopier
 from dataplane.memory.page_pool import PagePool
 from dataplane.memory.residency import Residency
@@ -49,22 +51,33 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None, p
     """
     parts = parts or Parts()
     store = _open_store(config)
-    loaded = load_model(config, progress, parts)
-    epoch = secrets.randbits(63)
+    base = read_base_model(config)
     inbox = Inbox()
-    host_cache = HostCache(
-        store,
-        loaded.geometry,
-        config.host_cache_bytes,
-        num_workers=NUM_FETCH_WORKERS,
-        pin_memory=loaded.pool.is_cuda,
-        on_evict=inbox.put_evicted,
-    )
+    with ThreadPoolExecutor(1, thread_name_prefix="host-cache") as beside:
+        # Page-locking takes a third of a second a GiB, about as long as the model takes.
+        host_memory = beside.submit(_open_host_cache, config, store, base, inbox)
+        loaded = load_model(config, base, progress, parts)
+        host_cache = host_memory.result()
+    epoch = secrets.randbits(63)
     pages = (parts.page_pool or PagePool)(loaded.limits.num_pages)
     residency = Residency(pages, host_cache, TensorCopier(loaded.pool), inbox.put_fetched)
     runner = loaded.runner(residency.adapter)
     engine = Engine(inbox, runner, pages, residency, loaded.limits, epoch, config.orphan_grace_s)
     return DataPlane(inbox, engine, host_cache, _describe(config, loaded, epoch))
+
+
+def _open_host_cache(config: DataPlaneConfig, store: ImageStore, base: BaseModel, inbox: Inbox) -> HostCache:
+    try:
+        return HostCache(
+            store,
+            base.geometry,
+            config.host_cache_bytes,
+            num_workers=NUM_FETCH_WORKERS,
+            pin_memory=base.device.type == "cuda",
+            on_evict=inbox.put_evicted,
+        )
+    except HostMemoryError as error:
+        raise DataPlaneError(str(error)) from error
 
 
 def _open_store(config: DataPlaneConfig) -> ImageStore:

@@ -67,18 +67,38 @@ class LoadedModel:
         return TorchModelRunner(self.model, self.pool, self.buffers, self.sampler, page_tokens, adapter_of, self.runs_ahead)
 
 
-def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts: Parts | None = None) -> LoadedModel:
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What is known of a model before its weights are loaded, and where it will run."""
+
+    config: ModelConfig
+    geometry: BaseGeometry
+    device: torch.device
+
+
+def read_base_model(config: DataPlaneConfig) -> BaseModel:
+    """Reads what a model directory says of its model.
+
+    Raises:
+        DataPlaneError, ModelError: it cannot be served; the message says why.
+    """
+    device = _device(config)
+    model = load_model_config(config.model_dir)
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    return BaseModel(model, model.geometry(dtype, config.max_lora_rank, config.model_name, fingerprint(config.model_dir)), device)
+
+
+def load_model(
+    config: DataPlaneConfig, base: BaseModel, progress: Progress | None = None, parts: Parts | None = None
+) -> LoadedModel:
     """Loads weights, sizes the pool and warms up; takes as long as reading the weights does.
 
     Raises:
         DataPlaneError, ModelError, PoolTooSmallError: it cannot be served; the message says why.
     """
-    device = _device(config)
-    model_config = load_model_config(config.model_dir)
+    model_config, geometry, device = base.config, base.geometry, base.device
     max_model_len = _max_model_len(config, model_config)
-    dtype_name = model_config.dtype if config.dtype == "auto" else config.dtype
-    dtype = getattr(torch, dtype_name)
-    geometry = model_config.geometry(dtype_name, config.max_lora_rank, config.model_name, fingerprint(config.model_dir))
+    dtype = getattr(torch, geometry.dtype)
     weights = _weights(config, model_config, dtype, device, progress)
     lora = _lora_ops(config, model_config, dtype, device, parts or Parts())
     attention = _attention(model_config, geometry.page_tokens, dtype, device)
@@ -100,7 +120,11 @@ def load_model(config: DataPlaneConfig, progress: Progress | None = None, parts:
         model.capture(buffers, pool)
     runs_ahead = config.overlap and device.type == "cuda"
     _log.info(
-        "model loaded model=%s pages=%d page_tokens=%d dtype=%s", config.model_name, num_pages, geometry.page_tokens, dtype_name
+        "model loaded model=%s pages=%d page_tokens=%d dtype=%s",
+        config.model_name,
+        num_pages,
+        geometry.page_tokens,
+        geometry.dtype,
     )
     return LoadedModel(model_config, geometry, limits, device, pool, decoder, model, buffers, sampler, runs_ahead)
 
