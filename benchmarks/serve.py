@@ -24,7 +24,7 @@ import grpc
 from benchmarks.model_shapes import write_config
 from benchmarks.result_file import cpu_name, write_result
 from benchmarks.serving import screen
-from benchmarks.serving.adapters import check_count, provide_adapters, total_bytes
+from benchmarks.serving.adapters import check_count, host_cache_bytes, provide_adapters
 from benchmarks.serving.bench import Bench, BenchError, Server
 from benchmarks.serving.clients import ClientFailedError, Clients
 from benchmarks.serving.driver import Target
@@ -35,8 +35,6 @@ from benchmarks.serving.options import Options, parse_options, with_options
 from benchmarks.serving.service import RunningService, ServiceFailedError, ServiceOptions, running_service
 
 PACKAGES = ("torch", "cupy-cuda13x", "flashinfer-python", "grpcio", "numpy")
-# Beside the adapters themselves, in the data plane's host cache.
-HOST_CACHE_SPARE = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,8 @@ def _start_service(options: Options, stack: ExitStack) -> RunningService | None:
         assert options.setting is not None, "without a model there is a setting"
         model_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.setting.shape.name
         write_config(options.setting.shape, model_dir)
-        num_bytes = int(HOST_CACHE_SPARE * total_bytes(options.setting.shape, options.adapters))
-        data_plane = with_options(data_plane, {"--host-cache-bytes": str(max(num_bytes, 1 << 30))})
+        cache_bytes = host_cache_bytes(options.setting.shape, options.adapters)
+        data_plane = with_options(data_plane, {"--host-cache-bytes": str(cache_bytes)})
     screen.say(f"starting {data_plane}; {control_plane}")
     service = ServiceOptions(model_dir, options.state_dir, options.adapters.directory, data_plane, control_plane)
     return stack.enter_context(running_service(service))

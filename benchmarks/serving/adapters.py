@@ -1,6 +1,7 @@
 """The adapters of a run: registered anew with random weights or from directories, or those that a service has already."""
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _RPC_TIMEOUT_S = 120.0
 _PAGE_SIZE = 1000
 _CONCURRENCY = 16
 BYTES_PER_ELEM = 2
+# Of the data plane's host cache: beside the adapters themselves, at the least, and of the memory that is free.
+CACHE_SPARE, MIN_CACHE_BYTES, MAX_MEMORY_SHARE = 1.05, 256 << 20, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,17 @@ def total_bytes(shape: ModelShape, plan: AdapterPlan) -> int:
     row_elems = sum((ffn if name == "down_proj" else hidden) + out_features.get(name, hidden) for name in plan.modules)
     rows = sum(plan.ranks[i % len(plan.ranks)] for i in range(plan.count)) if plan.ranks else 0
     return rows * row_elems * shape.num_layers * BYTES_PER_ELEM
+
+
+def host_cache_bytes(shape: ModelShape, plan: AdapterPlan, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """A host cache for all of them, as far as this machine has the memory; where that cannot be known, for all.
+
+    It is taken at the start and page-locked for a GPU, which takes its time: many adapters of which few are asked for want less.
+    """
+    wanted = max(MIN_CACHE_BYTES, int(CACHE_SPARE * total_bytes(shape, plan)))
+    # Not the free pages alone: a file's pages that are kept for another reader are given away when somebody needs them.
+    found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text() if meminfo.exists() else "", re.MULTILINE)
+    return min(wanted, int(MAX_MEMORY_SHARE * 1024 * int(found[1]))) if found else wanted
 
 
 async def _register_directories(target: GrpcTarget, channel: grpc.aio.Channel, directory: Path) -> list[str]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.model_shapes import ModelShape
 from benchmarks.serve import main
 from benchmarks.serving.plan import RunPlan, Workload, draw_trace
 from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 from benchmarks.serving.trace import TraceRequest, write_trace
+from benchmarks.workload import ALL_LINEAR, SETTINGS, Setting
 
 DATA_PLANE = "dataplane --device cpu --dtype float32 --num-pages 300 --max-model-len 256"
 LENGTHS = (4, 24)
@@ -78,6 +80,21 @@ def test_a_service_of_its_own_is_measured_with_and_without_adapters(repository: 
     # A share of the lowest saturated rate with adapters, the same for all.
     slowest = min(run["requests_per_s"] for run in result["runs"][1:3])
     assert [run["rate"] for run in result["runs"][3:]] == [pytest.approx(2 * slowest)] * 3
+
+
+def test_a_setting_is_served_with_random_weights_and_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ModelShape("tiny", 2, 64, 4, 2, 160, 200, 512)
+    monkeypatch.setitem(SETTINGS, "tiny", Setting("tiny", shape, (4, 8), ALL_LINEAR))
+    result = result_of(
+        tmp_path / "result.json",
+        *("--setting", "tiny", "--data-plane", "dataplane --device cpu --num-pages 400", "--adapters", "60", "--requests", "40"),
+        *("--lengths", "4,24", "--clients", "1", "--state-dir", str(tmp_path / "state")),
+    )
+    assert (result["model"], result["ranks"], result["dtype"]) == ("tiny", [4, 8], "bfloat16")
+    assert result["registration"]["count"] == 60
+    (run,) = result["runs"]
+    check_laws(run)
+    assert run["load"]["samples"]["num_resident"][-1] > 0
 
 
 def test_a_trace_is_replayed_on_a_service_that_runs(service: RunningService, tmp_path: Path) -> None:
