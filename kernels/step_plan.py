@@ -125,7 +125,7 @@ class StepPlanner:
             num_shrink=row_tiles * splits,
             num_expand=(ranks > 0) * self.shape.vector_columns * ceil_div(num_tokens, EXPAND_TOKENS)[:, None],
             num_products=num_tokens[:, None] * widths * splits,
-            num_rows=np.zeros_like(widths),
+            num_rows=0,
         )
         return pieces
 
@@ -154,7 +154,7 @@ class StepPlanner:
         """Into how many slices each group's dot products are split: until there are enough tasks, as far as slices stay long."""
         in_features = self.shape.in_features
         most = np.minimum(slices.most, ceil_div(in_features, slices.shortest))
-        splits = np.clip(-(-wanted_tasks // np.maximum(1, num_tiles.sum(axis=0))), 1, most)
+        splits = np.maximum(1, np.minimum(-(-wanted_tasks // np.maximum(1, num_tiles.sum(axis=0))), most))
         slice_length = ceil_div(ceil_div(in_features, splits), slices.step) * slices.step
         splits = ceil_div(in_features, slice_length)
         spans[:, 4], spans[:, 5] = splits, slice_length
@@ -168,20 +168,26 @@ class StepPlanner:
         return pieces
 
     def _fill_starts(
-        self, pieces: Ints, spans: Ints, *, num_shrink: Longs, num_expand: Longs, num_products: Longs, num_rows: Longs
+        self, pieces: Ints, spans: Ints, *, num_shrink: Longs, num_expand: Longs, num_products: Longs, num_rows: Longs | int
     ) -> None:
         """num_expand: [pieces, targets]; the others [pieces, groups]. The tasks of a group follow one another."""
-        shape = self.shape
-        ends = 3 * shape.num_groups + PIECE_INTS
-        shrink_totals, expand_totals, row_totals = num_shrink.sum(axis=0), num_expand.sum(axis=0), num_rows.sum(axis=0)
-        pieces[:, PIECE_INTS:ends:3] = _starts(num_shrink) + _starts(shrink_totals)
+        shape, end = self.shape, 3 * self.shape.num_groups
+        # In the order in which a piece holds what becomes of them, so that one running sum serves all.
+        counts = np.empty((len(pieces), end + len(shape.targets)), dtype=np.int64)
+        counts[:, 0:end:3], counts[:, 1:end:3], counts[:, 2:end:3] = num_shrink, num_products, num_rows
+        counts[:, end:] = num_expand
+        sums = counts.cumsum(axis=0)
+        totals = sums[-1].copy()
+        firsts = np.zeros_like(totals)
+        for part in (slice(0, end, 3), slice(2, end, 3), slice(end, None)):
+            firsts[part] = _starts(totals[part])
         # Launches follow one another on the device, so each group may use all the room that there is for products.
-        pieces[:, PIECE_INTS + 1 : ends : 3] = _starts(num_products)
-        pieces[:, PIECE_INTS + 2 : ends : 3] = _starts(num_rows) + _starts(row_totals)
-        pieces[:, ends:] = _starts(num_expand) + _starts(expand_totals)
-        spans[:, 0], spans[:, 1] = _starts(shrink_totals), shrink_totals
-        spans[:, 2] = _starts(expand_totals)[shape.first_target]
-        spans[:, 3] = np.add.reduceat(expand_totals, shape.first_target)
+        sums -= counts
+        sums += firsts
+        pieces[:, PIECE_INTS:] = sums
+        spans[:, 0], spans[:, 1] = firsts[0:end:3], totals[0:end:3]
+        spans[:, 2] = firsts[end:][shape.first_target]
+        spans[:, 3] = np.add.reduceat(totals[end:], shape.first_target)
 
 
 def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:
