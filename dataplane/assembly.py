@@ -4,7 +4,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,14 +13,14 @@ from adapter_store.errors import HostMemoryError
 from adapter_store.host_cache import HostCache
 from adapter_store.image_store import ImageStore
 from dataplane.config import DataPlaneConfig
+from dataplane.engine.admission import EngineLimits
 from dataplane.engine.engine import Engine
 from dataplane.engine.inbox import Inbox
 from dataplane.errors import DataPlaneError
-from dataplane.loading import BaseModel, LoadedModel, Parts, load_model, read_base_model
+from dataplane.loading import BaseModel, LoadedModel, load_model, read_base_model
 from dataplane.memory.adapter_copy import TensorCopier
-from dataplane.memory.page_pool import PagePool
-from dataplane.memory.residency import Residency
 from dataplane.model.weights import Progress
+from dataplane.parts import Parts
 from protos.loraplane.v1 import data_plane_pb2 as pb
 
 # Threads that read adapters from the store.
@@ -59,11 +59,11 @@ def load_data_plane(config: DataPlaneConfig, progress: Progress | None = None, p
         loaded = load_model(config, base, progress, parts)
         host_cache = host_memory.result()
     epoch = secrets.randbits(63)
-    pages = (parts.page_pool or PagePool)(loaded.limits.num_pages)
-    residency = Residency(pages, host_cache, TensorCopier(loaded.pool), inbox.put_fetched)
-    runner = loaded.runner(residency.adapter)
-    engine = Engine(inbox, runner, pages, residency, loaded.limits, epoch, config.orphan_grace_s)
-    return DataPlane(inbox, engine, host_cache, _describe(config, loaded, epoch))
+    copier = TensorCopier(loaded.pool)
+    pages, residency = parts.memory(loaded.geometry, loaded.limits.num_pages, host_cache, copier, inbox.put_fetched)
+    limits = replace(loaded.limits, num_pages=pages.num_pages)
+    engine = Engine(inbox, loaded.runner(residency.adapter), pages, residency, limits, epoch, config.orphan_grace_s)
+    return DataPlane(inbox, engine, host_cache, _describe(config, loaded, limits, epoch))
 
 
 def _open_host_cache(config: DataPlaneConfig, store: ImageStore, base: BaseModel, inbox: Inbox) -> HostCache:
@@ -88,8 +88,8 @@ def _open_store(config: DataPlaneConfig) -> ImageStore:
         raise DataPlaneError(f"--store-dir {config.store_dir} cannot be opened: {error.strerror}") from error
 
 
-def _describe(config: DataPlaneConfig, loaded: LoadedModel, epoch: int) -> pb.DescribeResponse:
-    model, geometry, limits, device = loaded.config, loaded.geometry, loaded.limits, loaded.device
+def _describe(config: DataPlaneConfig, loaded: LoadedModel, limits: EngineLimits, epoch: int) -> pb.DescribeResponse:
+    model, geometry, device = loaded.config, loaded.geometry, loaded.device
     return pb.DescribeResponse(
         epoch=epoch,
         version=_version(),

@@ -1,7 +1,8 @@
 """Loads a base model onto its device, with its pool and all that a step needs. Knows no request."""
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,6 @@ from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.engine.admission import EngineLimits
 from dataplane.errors import DataPlaneError
 from dataplane.flashinfer_library import why_no_flashinfer
-from dataplane.memory.page_pool import PagePool
 from dataplane.memory.pool_sizing import choose_num_pages, fit_max_model_len, warn_of_large_adapters
 from dataplane.model.checkpoint import fingerprint
 from dataplane.model.config import ModelConfig, load_model_config
@@ -21,29 +21,17 @@ from dataplane.model.decoder import Decoder, lora_groups
 from dataplane.model.layer_ops import LayerOps
 from dataplane.model.layer_ops_choice import layer_ops, why_torch_layer_ops
 from dataplane.model.weights import ModelWeights, Progress, load_weights, make_dummy_weights
+from dataplane.parts import Parts
 from dataplane.runner.graphed_model import GraphedModel
 from dataplane.runner.largest_step import StepLimits, measure_step_bytes
 from dataplane.runner.model_runner import TorchModelRunner
-from dataplane.runner.padded_sizes import mixed_sizes
 from dataplane.runner.sampling import Sampler
 from dataplane.runner.step_buffers import StepBuffers
-from kernels.backend import lora_ops, why_torch
-from kernels.lora import LoraAdapter, LoraOps, LoraTarget
+from kernels.backend import why_torch
+from kernels.lora import LoraAdapter, LoraOps
 from kernels.plan_layout import LoraLimits
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a comparison may put in the place of real parts; None is the real one.
-
-    lora_ops: makes the LoRA operation from the targets of each input, the pool's dtype, its device and the largest step.
-    page_pool: makes the pool's books for a number of pages.
-    """
-
-    lora_ops: Callable[[Sequence[tuple[LoraTarget, ...]], torch.dtype, torch.device, LoraLimits], LoraOps] | None = None
-    page_pool: Callable[[int], PagePool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +77,10 @@ def read_base_model(config: DataPlaneConfig) -> BaseModel:
 
 
 def load_model(
-    config: DataPlaneConfig, base: BaseModel, progress: Progress | None = None, parts: Parts | None = None
+    config: DataPlaneConfig,
+    base: BaseModel,
+    progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> LoadedModel:
     """Loads weights, sizes the pool and warms up; takes as long as reading the weights does.
 
@@ -99,15 +90,18 @@ def load_model(
     model_config, geometry, device = base.config, base.geometry, base.device
     max_model_len = _max_model_len(config, model_config)
     dtype = getattr(torch, geometry.dtype)
+    clock = _Clock()
     weights = _weights(config, model_config, dtype, device, progress)
+    clock.lap("weights")
     lora = _lora_ops(config, model_config, dtype, device, parts or Parts())
     attention = _attention(model_config, geometry.page_tokens, dtype, device)
     decoder = Decoder(model_config, weights, lora, attention, _layer_ops(model_config, dtype, device))
     model = GraphedModel(decoder, config.max_num_seqs, config.token_budget)
     uses_graphs = config.cuda_graphs and model.can_be_captured
+    clock.lap("kernels")
     sampler = Sampler(model_config.vocab_size, model_config.eos_token_ids, config.max_num_seqs, device)
-    graph_rows = mixed_sizes(config.token_budget) if uses_graphs else ()
-    step_limits = StepLimits(config.token_budget, config.max_num_seqs, max_model_len, graph_rows)
+    captured_rows = model.captured_rows if uses_graphs else ()
+    step_limits = StepLimits(config.token_budget, config.max_num_seqs, max_model_len, captured_rows)
     num_pages = choose_num_pages(
         config, geometry, max_model_len, device, lambda: measure_step_bytes(decoder, sampler, geometry, step_limits, device)
     )
@@ -115,18 +109,38 @@ def load_model(
     warn_of_large_adapters(geometry, num_pages)
     limits = _limits(config, model_config, geometry, max_model_len, num_pages)
     pool = _allocate_pool(geometry, num_pages, device)
+    clock.lap("pool")
     buffers = StepBuffers(config.token_budget, geometry.page_tokens, num_pages, device)
     if uses_graphs:
         model.capture(buffers, pool)
+        clock.lap("graphs")
     runs_ahead = config.overlap and device.type == "cuda"
     _log.info(
-        "model loaded model=%s pages=%d page_tokens=%d dtype=%s",
+        "model loaded model=%s pages=%d page_tokens=%d dtype=%s %s",
         config.model_name,
         num_pages,
         geometry.page_tokens,
         geometry.dtype,
+        clock,
     )
     return LoadedModel(model_config, geometry, limits, device, pool, decoder, model, buffers, sampler, runs_ahead)
+
+
+class _Clock:
+    """How long the parts of loading took, for the log."""
+
+    def __init__(self) -> None:
+        self._started_at = time.monotonic()
+        self._laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        """A part is done."""
+        now = time.monotonic()
+        self._laps.append(f"{name}_s={now - self._started_at:.1f}")
+        self._started_at = now
+
+    def __str__(self) -> str:
+        return " ".join(self._laps)
 
 
 def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device) -> torch.Tensor:
@@ -144,12 +158,10 @@ def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device)
 def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, parts: Parts) -> LoraOps:
     groups = lora_groups(model)
     limits = LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank)
-    if parts.lora_ops is not None:
-        return parts.lora_ops(groups, dtype, device, limits)
     reason = why_torch(groups, dtype, device)
     if device.type == "cuda" and reason is not None:
         _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
-    return lora_ops(groups, dtype, device, limits)
+    return parts.lora_ops(groups, dtype, device, limits)
 
 
 def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:

@@ -14,7 +14,7 @@ from benchmarks.baselines.options import Baseline, BaselineOptions, parse_option
 from dataplane.__main__ import main as serve_data_plane
 from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig
-from dataplane.loading import Parts
+from dataplane.parts import Parts
 from dataplane.model.weights import Progress
 
 

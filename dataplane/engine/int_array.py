@@ -1,6 +1,6 @@
 """A growing array of 32-bit integers: a list to append to, an array to compute with. Knows nothing of what it counts."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ class IntArray:
 
     __slots__ = ("_length", "_values")
 
-    def __init__(self, values: Collection[int] = ()) -> None:
+    def __init__(self, values: Sequence[int] = ()) -> None:
         self._length = len(values)
         self._values = np.empty(max(_MIN_CAPACITY, 2 * len(values)), dtype=np.int32)
         self._values[: self._length] = values
@@ -32,7 +32,7 @@ class IntArray:
         self._values[self._length] = value
         self._length += 1
 
-    def extend(self, values: Collection[int]) -> None:
+    def extend(self, values: Sequence[int]) -> None:
         """Adds values."""
         self._reserve(len(values))
         self._values[self._length : self._length + len(values)] = values

@@ -13,6 +13,7 @@ from dataplane.model.step_inputs import StepArrays, StepInputs
 from dataplane.runner.decode_graphs import DecodeGraphs
 from dataplane.runner.graph_recorder import GraphRecorder
 from dataplane.runner.idle_step import idle_step
+from dataplane.runner.lora_scope import LoraScope
 from dataplane.runner.mixed_graphs import MixedGraphs
 from dataplane.runner.padded_sizes import decode_sizes, mixed_sizes, smallest_size
 from dataplane.runner.step_buffers import StepBuffers
@@ -35,6 +36,11 @@ class GraphedModel:
     def can_be_captured(self) -> bool:
         """Whether LoRA and attention run on kernels that can be."""
         return self._decoder.lora.can_be_captured and self._decoder.attention.can_be_captured
+
+    @property
+    def captured_rows(self) -> tuple[int, ...]:
+        """Rows of each step that `capture` captures."""
+        return tuple(size for size in (*self._decode_sizes, *self._mixed_sizes) for _ in LoraScope)
 
     def num_rows(self, step: StepArrays) -> int:
         """To how many rows a step is padded."""

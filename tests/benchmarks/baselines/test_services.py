@@ -23,7 +23,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.dispatch import dispatcher
 from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, LoadFormat
-from dataplane.loading import Parts
+from dataplane.parts import Parts
 from dataplane.service.server import DataPlaneServer
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
 

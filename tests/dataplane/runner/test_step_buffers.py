@@ -66,7 +66,7 @@ def test_a_step_that_is_written_while_others_wait_for_the_device_overwrites_none
     device = torch.device("cuda")
     buffers = StepBuffers(MAX_ROWS, PAGE_TOKENS, PADDING_PAGE, device)
     arrived = []
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # torch has no type for it
     for step in steps:
         inputs = buffers.upload(_step(step, [0] * len(step), [0] * len(step), []), MAX_ROWS)
         arrived.append(inputs.token_ids.clone())
