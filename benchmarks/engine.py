@@ -22,6 +22,7 @@ from benchmarks.steps.disabled_lora import WITHOUT_LORA
 from benchmarks.steps.parts import FLOOR_TB_PER_S
 from benchmarks.steps.scenarios import Row, Scenarios
 from benchmarks.steps.settings import ATTENTION_MODULES, SETTINGS, WIDE_MODULES, StepSettings
+from dataplane.parts import Parts
 
 SECTIONS = ("decode", "mixed_batch", "prompts", "streaming", "base_only", "disabled", "wide")
 
@@ -113,7 +114,7 @@ def _load(
         ranks=ranks,
         num_places=settings.num_places if ranks and not wide else 0,
     )
-    bench = StepBench(settings.wide_shape if wide else settings.shape, options, WITHOUT_LORA if without_lora else None)
+    bench = StepBench(settings.wide_shape if wide else settings.shape, options, WITHOUT_LORA if without_lora else Parts())
     print(f"loaded in {time.monotonic() - started_at:.1f} s, {bench.loaded.limits.num_pages} pages", flush=True)
     return Scenarios(bench, settings)
 

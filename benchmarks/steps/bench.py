@@ -19,11 +19,12 @@ from benchmarks.steps.recorder import RecordingModel
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import StepPacker
-from dataplane.loading import Parts, load_model
+from dataplane.loading import load_model, read_base_model
 from dataplane.memory.adapter_copy import TensorCopier
 from dataplane.memory.adapter_states import Readiness
 from dataplane.memory.page_pool import PageKind, PageOwner, PagePool
-from dataplane.model.config import load_model_config
+from dataplane.parts import Parts
+from dataplane.runner.model_runner import TorchModelRunner
 from kernels.lora import LoraAdapter
 from protos.planes import AdmittedRequest, EngineSampling
 
@@ -52,7 +53,7 @@ class BenchOptions:
 class StepBench:
     """Owns the model, its pool's books and the adapters in it, by digest."""
 
-    def __init__(self, shape: ModelShape, options: BenchOptions, parts: Parts | None = None) -> None:
+    def __init__(self, shape: ModelShape, options: BenchOptions, parts: Parts) -> None:
         with tempfile.TemporaryDirectory() as directory:
             model_dir = write_config(shape, Path(directory) / shape.name, options.dtype)
             config = DataPlaneConfig(
@@ -61,21 +62,30 @@ class StepBench:
                 (),
                 device=options.device,
                 dtype=options.dtype,
-                num_pages=_num_pages(model_dir, options),
                 max_num_seqs=options.max_num_seqs,
                 token_budget=options.token_budget,
                 max_lora_rank=max(options.ranks, default=64),
                 load_format=LoadFormat.DUMMY,
             )
-            self.loaded = load_model(config, parts=parts)
+            base = read_base_model(config)
+            num_pages = _num_pages(base.geometry, options)
+            self.loaded = load_model(replace(config, num_pages=num_pages), base, parts=parts)
         for layer in self.loaded.pool:
             layer.normal_(std=KV_STD)
         self.modules = options.modules
         self.pages = PagePool(self.loaded.limits.num_pages)
         self.recorder = RecordingModel(self.loaded.model)
         self.adapters: dict[str, LoraAdapter] = {}
-        self.runner = replace(self.loaded, model=self.recorder).runner(self.adapters.__getitem__)
-        limits = self.loaded.limits
+        loaded, limits = self.loaded, self.loaded.limits
+        self.runner = TorchModelRunner(
+            self.recorder,
+            loaded.pool,
+            loaded.buffers,
+            loaded.sampler,
+            limits.page_tokens,
+            self.adapters.__getitem__,
+            loaded.runs_ahead,
+        )
         self.packer = StepPacker(self.pages, _AllResident(self.pages), limits.page_tokens, limits.token_budget)
         self._numbers = itertools.count(1)
         self._digests: dict[int, list[str]] = {}
@@ -156,9 +166,8 @@ class _AllResident:
         return self._pages.num_free >= num_pages
 
 
-def _num_pages(model_dir: Path, options: BenchOptions) -> int:
+def _num_pages(geometry: BaseGeometry, options: BenchOptions) -> int:
     """Pages for the KV and the adapters. Each request may waste most of a page."""
-    geometry = load_model_config(model_dir).geometry(options.dtype, max(options.ranks, default=64), "", "")
     num_kv = geometry.num_kv_pages(options.num_tokens) + options.max_num_seqs
     ranks = (*options.ranks, *(max(options.ranks, default=0),) * options.num_places)
     return num_kv + sum(num_adapter_pages(geometry, options.modules, rank) for rank in ranks)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dataplane.loading import Parts
+from dataplane.parts import Parts
 from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraTarget
 from kernels.plan_layout import LoraLimits
 
