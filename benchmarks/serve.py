@@ -135,6 +135,8 @@ async def _ready(options: Options, service: RunningService | None) -> AsyncItera
             screen.say(f"{registration['count']} adapters registered, {registration['per_s']:.0f} a second")
         plane = info.data_planes[0]
         about = {
+            "data_plane": options.data_plane if service is not None else None,
+            "control_plane": options.control_plane if service is not None else None,
             "model": info.base_model,
             "dtype": plane.dtype,
             "pool": {"num_pages": plane.num_pages, "page_tokens": plane.page_tokens, "page_bytes": plane.page_bytes},
@@ -157,14 +159,11 @@ def _openai(options: Options) -> Measured:
 
 
 def _write(options: Options, measured: Measured, runs: list[dict[str, Any]]) -> None:
-    setting = options.setting
     about = {
         "system": options.system,
-        "setting": setting.name if setting else None,
+        "setting": options.setting_name,
         "ranks": list(options.adapters.ranks),
         "modules": list(options.adapters.modules) if options.adapters.ranks else [],
-        "data_plane": options.data_plane,
-        "control_plane": options.control_plane,
         "num_clients": options.num_clients,
         "sent_slo_s": options.slo_s,
         **measured.about,

@@ -39,6 +39,7 @@ class Options:
 
     system: str
     setting: Setting | None
+    setting_name: str | None
     model_dir: Path | None
     target: str | None
     openai: OpenAiOptions | None
@@ -121,6 +122,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     client.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (600)")
     result = parser.add_argument_group("result")
     result.add_argument("--system", default="loraplane", help="what was measured, for the report (loraplane)")
+    result.add_argument("--setting-name", metavar="NAME", help="--openai, --target: the setting that it serves, for the report")
     result.add_argument("--device", help="where, if the server does not say")
     result.add_argument("--commit", help="of what was measured, if that is a copy without its history")
     result.add_argument("--out", type=Path, metavar="FILE", help="(benchmarks/results/serving_SYSTEM_SETTING.json)")
@@ -137,10 +139,12 @@ def _options(args: argparse.Namespace) -> Options:
     runs = _runs(args)
     num_adapters = max((run.num_adapters for run in runs), default=0)
     dummy = args.load_format or ("dummy" if setting and not args.model else "auto")
-    name = "_".join(filter(None, (args.system, args.setting)))
+    setting_name = setting.name if setting else args.setting_name
+    name = "_".join(filter(None, (args.system, setting_name)))
     return Options(
         system=args.system,
         setting=setting,
+        setting_name=setting_name,
         model_dir=args.model,
         target=args.target,
         openai=_openai(args) if args.openai else None,
