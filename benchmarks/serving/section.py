@@ -14,12 +14,13 @@ OURS = "loraplane"
 
 HEAD = """## Serving under load
 
-The workload of the S-LoRA paper's evaluation through the public API: prompts and outputs of 8 to 511 tokens, adapters of uniform
-popularity, random weights. [benchmarks.md](benchmarks.md) says how it is measured and how to measure it again. Requests come all at
-once (*saturated*) or at a rate; cv is the coefficient of variation of the times between them (1 is Poisson). Latencies count from
-the time at which a request was planned: TTFT to the first token, E2E to the end; ITL are the gaps between tokens at their arrival.
-*SLO* is the share of requests with a first token within 6 s, *satisfaction* the paper's, *hits* the share whose adapter was on the
-device when the request joined the batch. *of base* compares with the base model alone in the same run.
+The workload of the S-LoRA paper's evaluation through the public API: prompts and outputs of 8 to 511 tokens, adapters of
+uniform popularity, random weights. [benchmarks.md](benchmarks.md) says how it is measured and how to measure it again.
+Requests come all at once (*saturated*) or at a rate; cv is the coefficient of variation of the times between them (1 is
+Poisson). Latencies count from the time at which a request was planned: TTFT to the first token, E2E to the end; ITL are the
+gaps between tokens at their arrival. *SLO* is the share of requests with a first token within 6 s, *satisfaction* the
+paper's, *hits* the share whose adapter was on the device when the request joined the batch. *of base* compares with the base
+model alone in the same run.
 
 Of the time: *engine* is the share spent in steps (waiting for the device is part of one), *GPU* that in which a kernel ran, as
 the driver samples it; processor time is in cores, of control plane, data plane and the busiest client process; *late* is how
