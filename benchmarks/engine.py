@@ -145,6 +145,8 @@ _SHOWN = {
     "launch_upload_ms": "upload",
     "launch_forward_ms": "forward",
     "launch_sampling_ms": "sampling",
+    "attention_plan_ms": "attn plan",
+    "lora_plan_ms": "lora plan",
     "wait_share": "waits",
     "mixed_ms": "mixed",
     "expected_ms": "expected",

@@ -14,7 +14,7 @@ from benchmarks.model_shapes import ModelShape, write_config
 from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
 from controlplane.messages import DataPlaneLoad
-from dataplane.assembly import DataPlane, load_data_plane
+from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.model.config import load_model_config
 from dataplane.service.server import DataPlaneServer
@@ -42,9 +42,8 @@ class ServiceOptions:
 class SoakService:
     """Both planes as a client sees them, and what the control plane knows of the data plane."""
 
-    def __init__(self, control_plane: ControlPlane, data_plane: DataPlane, channel: grpc.aio.Channel) -> None:
+    def __init__(self, control_plane: ControlPlane, channel: grpc.aio.Channel) -> None:
         self._control_plane = control_plane
-        self.device = data_plane.description.device
         self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
         self.adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
 
@@ -106,7 +105,7 @@ async def serve_both(root: Path, shape: ModelShape, options: ServiceOptions) -> 
         ):
             if not await control_plane.dispatcher.wait_connected(CONNECT_TIMEOUT_S):
                 raise TimeoutError(f"the data plane did not connect within {CONNECT_TIMEOUT_S:g} s")
-            yield SoakService(control_plane, data_plane, channel)
+            yield SoakService(control_plane, channel)
     finally:
         await server.stop()
     # The engine checks itself when it ends, but in its own thread; this one is heard.

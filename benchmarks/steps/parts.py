@@ -4,6 +4,7 @@ On CUDA each part is one captured graph, timed over replays; elsewhere it is run
 step itself read.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -31,16 +32,28 @@ FLOOR_TB_PER_S = 4.3
 
 @dataclass(frozen=True, slots=True)
 class BaseParts:
-    """Milliseconds of what every step of that batch has. attention_bytes: of keys and values that are read."""
+    """Milliseconds of what every step of that batch has.
+
+    attention_plan_ms: of the host. attention_bytes: of keys and values that are read.
+    """
 
     gemm_ms: float
     attention_ms: float
+    attention_plan_ms: float
     attention_bytes: int
 
     @property
     def floor_ms(self) -> float:
         """The GEMMs, and attention at the speed of memory."""
         return self.gemm_ms + self.attention_bytes / FLOOR_TB_PER_S / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class LoraParts:
+    """Milliseconds of the LoRA operation in all layers. lora_plan_ms: of the host, when the batch has changed."""
+
+    lora_ms: float = 0.0
+    lora_plan_ms: float = 0.0
 
 
 class StepParts:
@@ -77,17 +90,17 @@ class StepParts:
         geometry = self._bench.loaded.geometry
         num_read = int(inputs.host.context_lens.sum())
         num_bytes = num_read * 2 * geometry.kv_dim * geometry.dtype_bytes * geometry.num_layers
-        return BaseParts(self._gemm_ms(inputs), self._attention_ms(inputs), num_bytes)
+        return BaseParts(self._gemm_ms(inputs), *self._attention_ms(inputs), num_bytes)
 
     @torch.inference_mode()
-    def lora_ms(self) -> float:
-        """The last step's LoRA operation in all layers; 0 if it has none."""
+    def lora(self) -> LoraParts:
+        """What the last step's adapters take; nothing if it has none."""
         inputs = self._inputs()
         step, pool, lora = inputs.host, self._bench.loaded.pool, self._lora
         launches = LoraLaunches.DECODE if lora.can_be_captured else LoraLaunches.AS_NEEDED
         plan = lora.plan(step.adapter_index, step.adapters, launches)
         if plan.is_empty:
-            return 0.0
+            return LoraParts()
         calls = []
         for targets in filter(plan.changes, self._groups):
             width = max(target.out_start + target.out_features for target in targets)
@@ -100,7 +113,11 @@ class StepParts:
                 for y, x, targets in calls:
                     lora.add(y, x, layer.view(-1), plan, targets)
 
-        return time_ms(run, self._device)
+        lora_ms = time_ms(run, self._device)
+        # In turns, as the plan of an unchanged batch costs nothing.
+        indices = itertools.cycle((step.adapter_index[::-1].copy(), step.adapter_index))
+        plan_ms = host_ms(lambda: lora.plan(next(indices), step.adapters, launches), self._device)
+        return LoraParts(lora_ms, plan_ms)
 
     @torch.inference_mode()
     def forward_ms(self) -> float:
@@ -132,8 +149,8 @@ class StepParts:
 
         return time_ms(run, self._device)
 
-    def _attention_ms(self, inputs: StepInputs) -> float:
-        """Writing keys and values, and attending to all of them."""
+    def _attention_ms(self, inputs: StepInputs) -> tuple[float, float]:
+        """Writing keys and values, and attending to all of them; and the host's plan for it."""
         config, attention = self._bench.loaded.config, self._attention
         num_rows = len(inputs.token_ids)
         q, out = (self._random(num_rows, config.num_heads, config.head_dim) for _ in range(2))
@@ -146,7 +163,7 @@ class StepParts:
                 attention.append(k, v, pages, inputs)
                 attention.attend(plan, pages, window)
 
-        return time_ms(run, self._device)
+        return time_ms(run, self._device), host_ms(lambda: attention.plan(inputs, q, out), self._device)
 
     def _random(self, *shape: int, std: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(std=std)
@@ -166,6 +183,18 @@ def time_ms(run: Callable[[], None], device: torch.device) -> float:
     with torch.cuda.graph(graph):
         run()
     return statistics.median([_elapsed_ms(graph.replay, device) for _ in range(NUM_WARMUP + NUM_REPLAYS)][NUM_WARMUP:])
+
+
+def host_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Median of what the host spends on a call, on an idle device."""
+    times = []
+    for _ in range(NUM_REPLAYS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started_at = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started_at) * 1e3)
+    return statistics.median(times)
 
 
 def _elapsed_ms(run: Callable[[], None], device: torch.device) -> float:

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from benchmarks.loading.decode import measure_slowdown
 from benchmarks.steps.bench import GREEDY, StepBench
 from benchmarks.steps.loop import EndlessDecode, LoopTimes, StepLoop
-from benchmarks.steps.parts import BaseParts, StepParts
+from benchmarks.steps.parts import BaseParts, LoraParts, StepParts
 from benchmarks.steps.settings import StepSettings
 from protos.planes import EngineSampling
 
@@ -21,11 +21,11 @@ DRAWN = EngineSampling(max_tokens=1 << 20, ignore_eos=True, temperature=0.8, top
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Steps of one batch. forward_ms, lora_ms: the model without the host, and the LoRA operation alone."""
+    """Steps of one batch. forward_ms: the model without the host."""
 
     times: LoopTimes
     forward_ms: float
-    lora_ms: float
+    lora: LoraParts
 
 
 class Scenarios:
@@ -110,7 +110,7 @@ class Scenarios:
         """One request for each digest, empty for the base model."""
         times = self._times(digests)
         # The requests are gone, but nobody has written where they were.
-        return Decode(times, self._parts.forward_ms(), self._parts.lora_ms())
+        return Decode(times, self._parts.forward_ms(), self._parts.lora())
 
     def _times(self, digests: Sequence[str], sampling: EngineSampling = GREEDY) -> LoopTimes:
         loop = self._loop(digests, sampling)
@@ -169,7 +169,7 @@ def _ranks_name(count: int, ranks: Sequence[int]) -> str:
 
 def _row(name: str, batch: int, found: Decode, base: BaseParts, base_ms: float) -> Row:
     summary = found.times.summary()
-    known_ms = base.gemm_ms + base.attention_ms + found.lora_ms
+    known_ms = base.gemm_ms + base.attention_ms + found.lora.lora_ms
     row: Row = {
         "batch": batch,
         "adapters": name,
@@ -180,7 +180,7 @@ def _row(name: str, batch: int, found: Decode, base: BaseParts, base_ms: float) 
         "tokens_per_s": batch / summary["step_ms"] * 1e3,
         "forward_ms": found.forward_ms,
         **asdict(base),
-        "lora_ms": found.lora_ms,
+        **asdict(found.lora),
         "other_device_ms": found.forward_ms - known_ms,
         "beside_forward_ms": summary["step_ms"] - found.forward_ms,
     }

@@ -22,6 +22,10 @@ attention at {floor_tb_per_s} TB/s.
 PROMPTS = """Steps in which a prompt joins the requests that decode, and one prompt alone.
 """
 
+HOST = """The host in a step of {who}, {adapters}: {host_ms:.2f} ms, of which packing {pack_ms:.2f}, describing the step in arrays
+{launch_arrays_ms:.2f}, their upload {launch_upload_ms:.2f}, the model's launch {launch_forward_ms:.2f} (attention's plan
+{attention_plan_ms:.2f}; LoRA's, when the batch has changed, {lora_plan_ms:.2f}) and the sampler's {launch_sampling_ms:.2f}."""
+
 MIXED_BATCH = """Base-only requests beside others: {requests} requests of which half have adapters take {mixed_ms:.2f} ms. The
 half with adapters takes {half_lora_ms:.2f} alone, as many more base-only rows cost {more_ms:.2f}: {excess:+.1%} of their sum."""
 
@@ -43,7 +47,9 @@ def steps_section(result: Json) -> list[str]:
     """What benchmarks.engine measured."""
     lines = [STEPS.format(**result)]
     if "decode" in result:
-        lines += [*_decode(result["decode"]), "", PARTS.format(**result), *_parts(result["decode"]), ""]
+        rows = result["decode"]
+        lines += [*_decode(rows), "", PARTS.format(**result), *_parts(rows), ""]
+        lines += [HOST.format(**row | {"who": _requests(row), "adapters": _adapters(row)}) for row in _most_adapters(rows)]
     if "mixed_batch" in result:
         lines += [_mixed_batch(result["mixed_batch"])]
     if "without_lora" in result and "base_only" in result:
@@ -163,6 +169,12 @@ _PART_NAMES = {
     "lora_ms": "LoRA is",
     "other_device_ms": "What is neither GEMM, attention nor LoRA is",
 }
+
+
+def _most_adapters(rows: list[Json]) -> list[Json]:
+    """The largest batch: its base-only step, and the one with the most adapters."""
+    largest = [row for row in rows if row["batch"] == rows[-1]["batch"]]
+    return [largest[0], max(largest, key=lambda row: int(row["num_adapters"]))]
 
 
 def _requests(row: Json) -> str:
