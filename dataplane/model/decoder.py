@@ -157,6 +157,8 @@ class Decoder:
         hidden = step.activations.hidden
         if not step.inputs.host.is_decode:
             hidden = hidden.index_select(0, step.inputs.logits_rows)
+            if not len(hidden):  # chunks of prompts alone: nothing that a kernel could be launched for
+                return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         logits = functional.linear(self._ops.norm(hidden, self._weights.norm), self._weights.lm_head)
         return logits.float() if out is None else out.copy_(logits)
 
