@@ -2,11 +2,12 @@
 
 Ends with the books of the engine checked, and compares requests with what they answer alone. In float32 the tokens must be the
 same; in half precision a first token that differs must be one about which base-only runs of two batch sizes differ as much.
-`python -m benchmarks.churn --device cuda --dtype bfloat16 --seconds 120` writes results/churn.json.
+`python -m benchmarks.churn` does both on a CUDA device and writes results/churn.json.
 """
 
 import argparse
 import asyncio
+import gc
 import random
 import sys
 import tempfile
@@ -63,18 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--soak", choices=SOAKS, default="small")
     parser.add_argument("--seconds", type=float, default=120.0, help="of load; the comparisons come on top")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16", "float32"], help="one soak after the other")
     parser.add_argument("--out", type=Path, default=RESULTS / "churn.json")
     parser.add_argument("--commit", help="what was measured, where it is a copy without its history")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as directory:
-        measured = asyncio.run(run(SOAKS[args.soak], Path(directory), args.device, args.dtype, args.seconds))
-    measured = {"soak": args.soak, "dtype": args.dtype, **measured}
-    for name, value in measured.items():
-        print(f"{name}: {value}", flush=True)
+    soaks = []
+    for dtype in args.dtype:
+        with tempfile.TemporaryDirectory() as directory:
+            soaks.append(asyncio.run(run(SOAKS[args.soak], Path(directory), args.device, dtype, args.seconds)))
+        for name, value in soaks[-1].items():
+            print(f"{name}: {value}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    write_result(args.out, measured, ("torch",), device=device, commit=args.commit)
-    return 0 if measured["holds"] else 1
+    write_result(args.out, {"soaks": soaks}, ("torch",), device=device, commit=args.commit)
+    return 0 if all(soak["holds"] for soak in soaks) else 1
 
 
 async def run(soak: Soak, root: Path, device: str, dtype: str, seconds: float) -> dict[str, object]:
@@ -99,6 +104,7 @@ async def run(soak: Soak, root: Path, device: str, dtype: str, seconds: float) -
         churned, wrong = await _compare_with_alone(service, watched)
     return {
         "model": soak.shape.name,
+        "dtype": dtype,
         "pages": soak.num_pages,
         "adapters": soak.num_adapters,
         "ranks": sorted(set(soak.ranks)),
