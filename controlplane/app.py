@@ -84,7 +84,7 @@ async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
     authenticator = Authenticator.from_file(config.credentials)
     tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_dir)
     store = await asyncio.to_thread(ImageStore, config.store_dir, config.max_store_bytes)
-    dispatcher = Dispatcher(config.data_planes, DispatcherConfig(max_waiting=config.max_waiting))
+    dispatcher = Dispatcher(config.data_planes, DispatcherConfig(config.max_waiting, idle_prefetch=config.idle_prefetch))
     health = HealthService(SERVICE_NAMES)
     drainer = Drainer(dispatcher, health)
     async with AsyncExitStack() as stack:
@@ -94,9 +94,7 @@ async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
         uploads = await asyncio.to_thread(
             UploadArea, config.upload_dir, config.max_upload_bytes, config.max_uploads, config.upload_ttl_s
         )
-        adapters = AdapterService(
-            registry, dispatcher, uploads, config.adapter_roots, allow_dummies=config.allow_dummy_adapters
-        )
+        adapters = AdapterService(registry, dispatcher, uploads, config.adapter_roots, allow_dummies=config.allow_dummy_adapters)
         stack.push_async_callback(asyncio.to_thread, adapters.close)
         servicers = Servicers(
             inference=InferenceService(dispatcher, registry.directory, tokenizer, config.max_waiting),

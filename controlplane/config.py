@@ -21,6 +21,7 @@ class ControlPlaneConfig:
     key_prefix: str = "loraplane"
     adapter_roots: tuple[Path, ...] = ()
     allow_dummy_adapters: bool = False
+    idle_prefetch: bool = True
     max_waiting: int = 1024
     credentials: Path | None = None
     drain_timeout_s: float = 30.0
@@ -58,6 +59,7 @@ def parse_config(argv: Sequence[str]) -> ControlPlaneConfig:
         key_prefix=args.key_prefix,
         adapter_roots=tuple(args.adapter_root),
         allow_dummy_adapters=args.allow_dummy_adapters,
+        idle_prefetch=not args.no_idle_prefetch,
         max_waiting=args.max_waiting,
         credentials=args.credentials,
         drain_timeout_s=args.drain_timeout,
@@ -88,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         help="adapters may be registered by path from under it; repeatable (none: by upload only)",
     )
     add("--allow-dummy-adapters", action="store_true", help="adapters of random weights may be registered, for benchmarks")
+    add(
+        "--no-idle-prefetch", action="store_true", help="load an adapter only when a request needs it, not into idle pages before"
+    )
     add("--max-waiting", type=_positive_int, default=1024, metavar="N", help="requests that may wait (1024)")
     add("--credentials", type=Path, metavar="FILE", help="JSON file of tokens and their tenants (none: everybody is admin)")
     add("--drain-timeout", type=_seconds, default=30.0, metavar="S", help="on SIGTERM, abort what still runs after this (30)")

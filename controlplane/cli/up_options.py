@@ -30,6 +30,7 @@ CONTROL_PLANE_OPTIONS: Options = (
     ("--key-prefix", "PREFIX", "of the registry's keys"),
     ("--max-waiting", "N", "requests that may wait"),
     ("--credentials", "FILE", "JSON file of tokens; without it everybody is admin"),
+    ("--no-idle-prefetch", None, "load an adapter only when a request needs it"),
     ("--allow-dummy-adapters", None, "adapters of random weights may be registered, for benchmarks"),
 )
 

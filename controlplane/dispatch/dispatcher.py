@@ -42,10 +42,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DispatcherConfig:
-    """Bounds of the dispatcher. Requests wait `outage_grace_s` for a data plane that was lost, then it is forgotten."""
+    """Bounds of the dispatcher. Requests wait `outage_grace_s` for a data plane that was lost, then it is forgotten.
+
+    idle_prefetch: adapters that are offered are brought to data planes that have pages to spare.
+    """
 
     max_waiting: int = 1024
     outage_grace_s: float = 60.0
+    idle_prefetch: bool = True
     session: SessionConfig = field(default_factory=SessionConfig)
 
 
@@ -58,7 +62,7 @@ class Dispatcher:
         """clock: must run as fast as the event loop's; deadlines are times on it."""
         self._config = config or DispatcherConfig()
         self._clock = clock
-        self._scheduler = Scheduler(SchedulerConfig(max_waiting=self._config.max_waiting))
+        self._scheduler = Scheduler(SchedulerConfig(self._config.max_waiting, idle_prefetch=self._config.idle_prefetch))
         self._sessions = {a: DataPlaneSession(a, self, self._config.session) for a in dict.fromkeys(addresses)}
         self._sinks = Sinks()
         self._reference: DataPlaneDescription | None = None
@@ -177,6 +181,16 @@ class Dispatcher:
         """
         self._require_connected()
         self._scheduler.preload(digest)
+        self._schedule_soon()
+
+    def offer(self, digest: str, num_pages: int) -> None:
+        """That adapter may be brought to data planes that have pages to spare."""
+        self._scheduler.offer(digest, num_pages)
+        self._schedule_soon()
+
+    def withdraw(self, digest: str) -> None:
+        """Takes an offer back; nothing if there was none."""
+        self._scheduler.withdraw(digest)
         self._schedule_soon()
 
     def load(self) -> LoadSnapshot:

@@ -25,6 +25,12 @@ class AdapterControl(Protocol):
     def preload(self, digest: str) -> None:
         """Asks every connected data plane to bring a version to its device; UnavailableError when none is connected."""
 
+    def offer(self, digest: str, num_pages: int) -> None:
+        """A version may be brought to data planes that have pages to spare."""
+
+    def withdraw(self, digest: str) -> None:
+        """Takes an offer back; nothing if there was none."""
+
     def abort_adapter(self, digest: str) -> int:
         """Fails every unfinished request of a version; returns how many."""
 

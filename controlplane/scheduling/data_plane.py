@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.messages import DataPlaneDescription
+from controlplane.scheduling.idle_prefetch import IdlePrefetch
 from controlplane.scheduling.ledger import Ledger
 from controlplane.scheduling.request import Request
 from protos.planes import (
@@ -45,6 +46,7 @@ class DataPlane:
         self.max_prefetch_pages = max(1, cached_pages // 2)
         self.running: dict[int, Request] = {}
         self.adapters: dict[str, AdapterEvent] = {event.digest: event for event in state.adapters}
+        self.idle_prefetch = IdlePrefetch(description.num_pages)
         self.adapter_last_used: dict[str, float] = {}
         self.pool = PoolCounts(free_pages=description.num_pages)
         self.timing = StepTiming()
@@ -82,6 +84,11 @@ class DataPlane:
         """Where that adapter lies here."""
         event = self.adapters.get(digest)
         return event.place if event is not None else AdapterPlace.NONE
+
+    def offer(self, digest: str, num_pages: int) -> None:
+        """An adapter may be brought here while there are pages to spare."""
+        if self.place(digest) is not AdapterPlace.DEVICE:
+            self.idle_prefetch.add(digest, num_pages)
 
     def can_admit(self, request: Request) -> bool:
         """Whether the request's pages fit now."""
@@ -140,6 +147,7 @@ class DataPlane:
         return started
 
     def _take_adapter_event(self, event: AdapterEvent) -> None:
+        self.idle_prefetch.settle(event)
         if event.place is AdapterPlace.NONE:
             self.adapters.pop(event.digest, None)
             self.adapter_last_used.pop(event.digest, None)

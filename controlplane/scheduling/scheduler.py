@@ -27,10 +27,14 @@ STARVED_HOLD_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Bounds. `max_fruitless`: how often a request is put back without a new token in between before it is given up."""
+    """Bounds. `max_fruitless`: how often a request is put back without a new token in between before it is given up.
+
+    idle_prefetch: whether offered adapters are brought to data planes before a request asks for them.
+    """
 
     max_waiting: int = 1024
     max_fruitless: int = 3
+    idle_prefetch: bool = True
 
 
 @dataclass(slots=True)
@@ -53,7 +57,8 @@ class Scheduler:
         self._known: dict[str, DataPlaneDescription] = {}
         self._pinned: tuple[str, ...] = ()
         self._preload = PreloadList()
-        self._listed_version = (-1, -1)
+        self._offered: dict[str, int] = {}  # digest: pages
+        self._listed: object = None  # what the lists of adapters were last made of
         self._next_arrival = 1
         self._next_key = 1
 
@@ -137,12 +142,25 @@ class Scheduler:
     def set_pinned(self, digests: Sequence[str]) -> None:
         """Replaces the adapters that no data plane may evict."""
         self._pinned = tuple(dict.fromkeys(digests))
-        self._listed_version = (-1, -1)
+        self._listed = None
 
     def preload(self, digest: str) -> None:
         """Asks every connected data plane to bring an adapter to its device."""
         self._preload.add(digest)
         self._preload.settle(digest, self._connected.values())
+
+    def offer(self, digest: str, num_pages: int) -> None:
+        """An adapter may be brought to data planes that have pages to spare."""
+        if self._config.idle_prefetch and digest not in self._offered:
+            self._offered[digest] = num_pages
+            for data_plane in self._connected.values():
+                data_plane.offer(digest, num_pages)
+
+    def withdraw(self, digest: str) -> None:
+        """Takes an offer back; nothing if there was none."""
+        if self._offered.pop(digest, None) is not None:
+            for data_plane in self._connected.values():
+                data_plane.idle_prefetch.discard(digest)
 
     def data_plane_connected(self, address: str, description: DataPlaneDescription, state: EngineState) -> None:
         """A session has opened. What the data plane still holds of an earlier one is aborted by the first update."""
@@ -150,14 +168,16 @@ class Scheduler:
         self._known[address] = description
         self._connected[address] = DataPlane(address, description, state)
         self._next_key = max(self._next_key, 1 + max(state.held_request_keys, default=0))
-        self._listed_version = (-1, -1)
+        for digest, num_pages in self._offered.items():
+            self._connected[address].offer(digest, num_pages)
+        self._listed = None
 
     def data_plane_lost(self, address: str, now: float) -> list[EndedRequest]:
         """A session has ended: its requests wait again, at the front; those that got nowhere too often are given up."""
         data_plane = self._connected.pop(address, None)
         if data_plane is None:
             return []
-        self._listed_version = (-1, -1)
+        self._listed = None
         put_back = [self._put_back(request, now, is_fruitless=True) for request in data_plane.running.values()]
         return self._give_up_fruitless(put_back, "the data plane was lost each time", now)
 
@@ -284,11 +304,13 @@ class Scheduler:
         return self._fail_all(hopeless, now)
 
     def _list_adapters(self) -> None:
-        version = (self._waiting.version, self._preload.version)
-        if version == self._listed_version:
-            return
-        self._listed_version = version
         data_planes = list(self._connected.values())
+        # Who waits comes first: while somebody does, nothing is read for nobody.
+        spare = [() if self._waiting else data_plane.idle_prefetch.next(data_plane.pool.free_pages) for data_plane in data_planes]
+        listed = (self._waiting.version, self._preload.version, spare)
+        if listed == self._listed:
+            return
+        self._listed = listed
         lists = prefetch_lists(self._waiting.first(LOOKAHEAD), self._preload.digests(), data_planes)
-        for data_plane in data_planes:
-            data_plane.set_lists(lists[data_plane.address], self._pinned)
+        for data_plane, digests in zip(data_planes, spare, strict=True):
+            data_plane.set_lists(tuple(dict.fromkeys((*lists[data_plane.address], *digests))), self._pinned)

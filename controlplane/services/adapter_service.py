@@ -22,6 +22,7 @@ from controlplane.registry.adapter_fields import check_name, check_register, che
 from controlplane.registry.adapter_view import CHANGE_TYPES, AdapterView
 from controlplane.registry.importer import DEFAULT_MAX_IMPORTS, AdapterImporter
 from controlplane.registry.listing import list_page
+from controlplane.registry.offers import AdapterOffers
 from controlplane.registry.pinning import Pinning
 from controlplane.registry.records import Change, ChangeKind, Revision
 from controlplane.registry.redis_registry import RequestMark
@@ -64,6 +65,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             control.geometry, uploads, allowed_roots, max_imports=max_imports, allow_dummies=allow_dummies
         )
         pinning = Pinning(self._directory, control)
+        AdapterOffers(self._directory, control)
         self._writer = RegistryWriter(registry.redis, self._directory, registry.images, pinning, control.geometry)
         # request_ids under way here: a repetition waits for the first instead of importing beside it.
         # A lock lives for as long as a call has it.

@@ -102,7 +102,7 @@ def test_the_command_line_becomes_the_configuration(base: Path, tmp_path: Path) 
             *("--model", str(base), "--data-plane", "a:1", "--data-plane", "b:2", "--listen", "c:3", "--listen", "unix:/d"),
             *("--state-dir", str(tmp_path), "--adapter-root", str(tmp_path), "--max-waiting", "7", "--drain-timeout", "0.5"),
             *("--redis-url", "redis://r", "--key-prefix", "p", "--store-dir", str(tmp_path / "images")),
-            "--allow-dummy-adapters",
+            *("--allow-dummy-adapters", "--no-idle-prefetch"),
         ]
     )
     assert config == ControlPlaneConfig(
@@ -115,6 +115,7 @@ def test_the_command_line_becomes_the_configuration(base: Path, tmp_path: Path) 
         key_prefix="p",
         adapter_roots=(tmp_path,),
         allow_dummy_adapters=True,
+        idle_prefetch=False,
         max_waiting=7,
         drain_timeout_s=0.5,
     )

@@ -184,6 +184,24 @@ def test_a_slow_first_load_and_an_unknown_adapter_hold_up_nobody(
             assert answer.finished.timings.adapter_wait_time.ToNanoseconds() > 0
         await _until_state(service, slow, adapter_pb2.ADAPTER_STATE_READY)
 
+    run_service(model, scenario, control_plane={"idle_prefetch": False})
+
+
+def test_a_registered_adapter_comes_to_the_device_before_anybody_asks_for_it(
+    build_model: "Build", reference_greedy: "Greedy", run_service: Any
+) -> None:
+    model = build_model("llama", RANKS)
+    adapters = list(model.adapters)
+    expected = reference_greedy(model, [(name, PROMPT) for name in adapters], 30)
+
+    async def scenario(service: "Service") -> None:
+        await service.register_all()
+        for name in adapters:
+            await _until_state(service, name, adapter_pb2.ADAPTER_STATE_READY)
+        for name, tokens in zip(adapters, expected, strict=True):
+            answer = await service.generate(name, PROMPT, max_tokens=30)
+            assert tuple(answer.token_ids) == tokens
+
     run_service(model, scenario)
 
 

@@ -113,7 +113,7 @@ def test_a_request_whose_adapter_cannot_be_loaded_fails_alone(
         assert "content has digest" in shown.error, "it must say what is wrong with the weights"
         assert all(answer.token_ids for answer in await asyncio.gather(*healthy))
 
-    run_service(model, scenario)
+    run_service(model, scenario, control_plane={"idle_prefetch": False})
 
 
 def test_streams_go_on_through_a_data_plane_that_restarts(

@@ -209,7 +209,7 @@ def test_information_and_load_leave_no_field_unset_while_requests_run(build_mode
         assert plane.adapters[0].num_pages == pool.adapter_pages
         await running
 
-    run_service(model, scenario)
+    run_service(model, scenario, control_plane={"idle_prefetch": False})
 
 
 def _unset_fields(message: Message, prefix: str = "") -> set[str]:

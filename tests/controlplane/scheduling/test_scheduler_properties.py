@@ -20,7 +20,8 @@ LAWS = settings(max_examples=100, suppress_health_check=[HealthCheck.function_sc
 
 NUM_PAGES = 12
 PAGE_TOKENS = 16
-MOVES = ("submit", "submit", "abort", "apply", "step", "step", "report", "report", "turn", "lose", "lose_and_keep", "time", "pin")
+MOVES = ("submit", "submit", "abort", "apply", "step", "step", "report", "report", "turn", "lose", "lose_and_keep", "time")
+ADAPTER_MOVES = ("pin", "offer", "withdraw")
 
 
 class Move(NamedTuple):
@@ -31,7 +32,9 @@ class Move(NamedTuple):
     b: int
 
 
-moves = st.lists(st.builds(Move, st.sampled_from(MOVES), st.integers(0, 100), st.integers(0, 100)), min_size=5, max_size=120)
+moves = st.lists(
+    st.builds(Move, st.sampled_from(MOVES + ADAPTER_MOVES), st.integers(0, 100), st.integers(0, 100)), min_size=5, max_size=120
+)
 
 
 class World:
@@ -58,6 +61,10 @@ class World:
             world.expire()
         elif move.kind == "pin":
             world.scheduler.set_pinned([self.adapter(n).digest for n in range(2) if a >> n & 1])
+            world.schedule()
+        elif move.kind in ("offer", "withdraw"):
+            digest = self.adapter(a % 7).digest
+            world.scheduler.offer(digest, 2) if move.kind == "offer" else world.scheduler.withdraw(digest)
             world.schedule()
         elif wire is None:
             self.reconnect(number)

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class FakeControl:
     pinned: list[str] = field(default_factory=list)
     preloaded: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    offered: dict[str, int] = field(default_factory=dict)
     residency_callbacks: list[Callable[[str], None]] = field(default_factory=list)
     connection_callbacks: list[Callable[[bool], None]] = field(default_factory=list)
 
@@ -75,6 +76,12 @@ class FakeControl:
         if self.base is None:
             raise UnavailableError("no data plane is connected")
         self.preloaded.append(digest)
+
+    def offer(self, digest: str, num_pages: int) -> None:
+        self.offered[digest] = num_pages
+
+    def withdraw(self, digest: str) -> None:
+        self.offered.pop(digest, None)
 
     def abort_adapter(self, digest: str) -> int:
         self.aborted.append(digest)
@@ -795,6 +802,30 @@ def test_pins_are_told_again_when_a_data_plane_connects_as_far_as_they_fit(tmp_p
             assert s.control.pinned == [first.current.version]
 
     asyncio.run(scenario())
+
+
+def test_data_planes_are_offered_what_the_names_serve_and_nothing_else(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as s:
+            first, other = await s.register("a", 1), await s.register("b", 2)
+            assert s.control.offered == {each.current.version: each.current.num_pages for each in (first, other)}
+            second = await s.update("a", ["source"], seed=3)
+            assert set(s.control.offered) == {second.current.version, other.current.version}
+            # The weights of a's first version are served again, under another name.
+            third = await s.register("c", 1)
+            assert set(s.control.offered) == {second.current.version, other.current.version, third.current.version}
+            await s.unregister("b")
+            assert set(s.control.offered) == {second.current.version, third.current.version}
+        async with serving(tmp_path) as s:
+            assert set(s.control.offered) == {second.current.version, third.current.version}
+        # Until a data plane connects it is not known whether it has the base that they were made for.
+        async with serving(tmp_path, control=FakeControl(base=None)) as s:
+            s.control.base = replace(GEOMETRY, fingerprint="e" * 64)
+            for callback in s.control.connection_callbacks:
+                callback(True)
+            assert s.control.offered == {}
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_preload_asks_the_data_planes_and_get_shows_where_the_weights_are(run: Run) -> None:
