@@ -10,6 +10,7 @@ Another plane stands in with --data-plane or --control-plane, whose value may ho
 """
 
 import asyncio
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -185,4 +186,6 @@ def _installed() -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C: nothing that was started stays behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -23,6 +23,7 @@ IDLE_TIMEOUT_S = 60.0
 SAMPLE_S = 1.0
 # Of the requests before the first run, which are not measured.
 WARM_UP_LENGTHS = (8, 64)
+WARM_UP_ADAPTERS = 8
 
 
 class BenchError(RuntimeError):
@@ -59,12 +60,14 @@ class Bench:
         self._saturated: dict[int, float] = {}
 
     async def warm_up(self, num_requests: int) -> None:
-        """A few short requests at once, of base and adapters; a request that fails tells why nothing would work.
+        """Short requests at once, of base and a few adapters: what is done once is done before anything is measured.
+
+        A request that fails tells why nothing would work.
 
         Raises:
             BenchError: one failed.
         """
-        names = ["", *self._server.names[: num_requests - 1]]
+        names = ["", *self._server.names[:WARM_UP_ADAPTERS]]
         low, high = WARM_UP_LENGTHS
         requests = [
             PlannedRequest(i, 0.0, names[i % len(names)], low + i % (high - low), low + i % 8) for i in range(num_requests)

@@ -114,7 +114,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     load.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE", help="replay a trace; repeatable")
     client = parser.add_argument_group("client")
     client.add_argument("--clients", type=int, metavar="N", help="processes (a quarter of the cores, at most 4)")
-    client.add_argument("--warmup", type=int, default=32, metavar="N", help="requests before the first run (32)")
+    client.add_argument("--warmup", type=int, default=256, metavar="N", help="requests before the first run (256)")
     client.add_argument(
         "--slo", type=float, metavar="SECONDS", help="send this as ttft_slo, and judge by it (judge by 6, send none)"
     )

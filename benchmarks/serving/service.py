@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).parent.parent.parent
-READY = '"event": "ready"'
+READY, LOADING = '"event": "ready"', '"event": "loading"'
 _POLL_S = 0.05
 _WATCH_S = 0.5
 _SERVING_TIMEOUT_S = 60.0
@@ -111,14 +111,14 @@ class Plane:
         self._module = module
         self._log = log
         with log.open("wb") as out:
-            # A session of its own: Ctrl-C is for the benchmark, which stops things in order.
+            # A group of its own: Ctrl-C is for the benchmark, which stops things in order.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", module, *arguments],
                 cwd=ROOT,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
             )
         self.pid = self._process.pid
@@ -147,7 +147,7 @@ class Plane:
             self._process.wait()
 
     def _tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if LOADING not in line]
         return "\n".join([f"{self._log} ends with:", *lines[-_TAIL_LINES:]])
 
 

@@ -88,7 +88,7 @@ def test_a_setting_is_served_with_random_weights_and_adapters(tmp_path: Path, mo
     result = result_of(
         tmp_path / "result.json",
         *("--setting", "tiny", "--data-plane", "dataplane --device cpu --num-pages 400", "--adapters", "60", "--requests", "40"),
-        *("--lengths", "4,24", "--clients", "1", "--state-dir", str(tmp_path / "state")),
+        *("--lengths", "4,24", "--clients", "1", "--warmup", "8", "--state-dir", str(tmp_path / "state")),
     )
     assert (result["model"], result["ranks"], result["dtype"]) == ("tiny", [4, 8], "bfloat16")
     assert result["registration"]["count"] == 60
@@ -100,7 +100,7 @@ def test_a_setting_is_served_with_random_weights_and_adapters(tmp_path: Path, mo
 def test_a_trace_is_replayed_on_a_service_that_runs(service: RunningService, tmp_path: Path) -> None:
     trace = [TraceRequest(0.01 * i, None, 0, 6, (5, 6, 7 + i)) for i in range(5)]
     write_trace(tmp_path / "real.jsonl", trace)
-    target = ("--target", service.address, "--trace", str(tmp_path / "real.jsonl"), "--text", "--clients", "1")
+    target = ("--target", service.address, "--trace", str(tmp_path / "real.jsonl"), "--text", "--clients", "1", "--warmup", "4")
     (run,) = result_of(tmp_path / "result.json", *target)["runs"]
     check_laws(run)
     assert (run["kind"], run["trace"], run["output_tokens"], run["input_tokens"]) == ("trace", "real.jsonl", 30, 15)
@@ -111,7 +111,7 @@ def test_requests_that_are_refused_are_counted_by_status(
 ) -> None:
     trace = [TraceRequest(0.0, None, 8, 4), TraceRequest(0.0, "nobody", 8, 4), TraceRequest(0.0, None, 300, 4)]
     write_trace(tmp_path / "bad.jsonl", trace)
-    target = ("--target", service.address, "--trace", str(tmp_path / "bad.jsonl"), "--clients", "1")
+    target = ("--target", service.address, "--trace", str(tmp_path / "bad.jsonl"), "--clients", "1", "--warmup", "4")
     (run,) = result_of(tmp_path / "result.json", *target)["runs"]
     assert {status: error["count"] for status, error in run["errors"].items()} == {"NOT_FOUND": 1, "INVALID_ARGUMENT": 1}
     assert (run["num_completed"], run["slo_attainment"]) == (1, pytest.approx(1 / 3))
