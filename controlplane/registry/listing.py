@@ -7,11 +7,13 @@ import base64
 import json
 import operator
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlplane.errors import InvalidArgumentError
-from controlplane.registry.records import AdapterRecord
+from controlplane.registry.directory import AdapterDirectory
+from controlplane.registry.records import AdapterRecord, Revision
 from protos.loraplane.v1 import adapter_pb2 as pb
 
 DEFAULT_PAGE_SIZE = 100
@@ -21,11 +23,17 @@ MAX_FILTER_CHARS = 2000
 MAX_TOKEN_CHARS = 40_000
 
 Predicate = Callable[[AdapterRecord], bool]
+SortKey = Callable[[AdapterRecord], tuple[int, str]]
 StateOf = Callable[[AdapterRecord], pb.AdapterState.ValueType]
 
 _TERM = re.compile(r"(name):(\S+)|label\.([^\s=]+)=(.*)|(state|module|pinned)=(\S+)|rank(>=|<=)(\d{1,9})")
 _STATES = {name.removeprefix("ADAPTER_STATE_"): value for name, value in pb.AdapterState.items() if value}
-_ORDERS = ("name", "create_time", "update_time")
+# Ties are broken by name, so that every adapter has a place of its own.
+_ORDERS: dict[str, SortKey] = {
+    "name": lambda r: (0, r.name),
+    "create_time": lambda r: (r.create_time_us, r.name),
+    "update_time": lambda r: (r.update_time_us, r.name),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,49 +45,67 @@ class ListPage:
     total_size: int
 
 
-def list_page(records: Sequence[AdapterRecord], request: pb.ListAdaptersRequest, state_of: StateOf) -> ListPage:
-    """The page that a request asks for.
+class AdapterLists:
+    """Pages of lists of one directory. Each order is sorted once for as long as nothing changes."""
 
-    A page begins after the last adapter of the one before, by its place in the order: adapters that come or go in between neither
-    repeat nor hide others.
+    def __init__(self, directory: AdapterDirectory, state_of: StateOf) -> None:
+        self._directory = directory
+        self._state_of = state_of
+        self._sorted: dict[str, list[AdapterRecord]] = {}
+        self._revision: Revision | None = None
 
-    Raises:
-        InvalidArgumentError: a field is malformed.
-    """
-    if request.page_size > MAX_PAGE_SIZE:
-        raise InvalidArgumentError.of("page_size", f"{request.page_size} is over the limit of {MAX_PAGE_SIZE}")
-    matches = parse_filter(request.filter, state_of)
-    sort_key, descending = parse_order(request.order_by)
-    found = sorted(filter(matches, records), key=sort_key, reverse=descending)
-    size = request.page_size or DEFAULT_PAGE_SIZE
-    rest = found
-    if request.page_token:
-        last = _read_token(request)
-        rest = [r for r in found if (sort_key(r) < last if descending else sort_key(r) > last)]
-    token = _write_token(request, sort_key(rest[size - 1])) if len(rest) > size else ""
-    return ListPage(rest[:size], token, len(found))
+    def page(self, request: pb.ListAdaptersRequest) -> ListPage:
+        """The page that a request asks for.
+
+        A page begins after the last adapter of the one before, by its place in the order: adapters that come or go in between
+        neither repeat nor hide others.
+
+        Raises:
+            InvalidArgumentError: a field is malformed.
+        """
+        if request.page_size > MAX_PAGE_SIZE:
+            raise InvalidArgumentError.of("page_size", f"{request.page_size} is over the limit of {MAX_PAGE_SIZE}")
+        matches = parse_filter(request.filter, self._state_of)
+        field, descending = parse_order(request.order_by)
+        sort_key = _ORDERS[field]
+        found = self._in_order(field)
+        if matches is not None:
+            found = [record for record in found if matches(record)]
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        last = _read_token(request) if request.page_token else None
+        if descending:
+            end = len(found) if last is None else bisect_left(found, last, key=sort_key)
+            page, is_last = found[max(0, end - size) : end][::-1], end <= size
+        else:
+            start = 0 if last is None else bisect_right(found, last, key=sort_key)
+            page, is_last = found[start : start + size], start + size >= len(found)
+        return ListPage(page, "" if is_last else _write_token(request, sort_key(page[-1])), len(found))
+
+    def _in_order(self, field: str) -> list[AdapterRecord]:
+        if self._revision != self._directory.revision:
+            self._sorted.clear()
+            self._revision = self._directory.revision
+        if field not in self._sorted:
+            self._sorted[field] = sorted(self._directory.records(), key=_ORDERS[field])
+        return self._sorted[field]
 
 
-def parse_filter(text: str, state_of: StateOf) -> Predicate:
-    """A filter as adapter.proto describes it; empty takes all. Raises InvalidArgumentError."""
+def parse_filter(text: str, state_of: StateOf) -> Predicate | None:
+    """A filter as adapter.proto describes it; None takes all. Raises InvalidArgumentError."""
     if len(text) > MAX_FILTER_CHARS:
         raise InvalidArgumentError.of("filter", f"has {len(text)} characters; at most {MAX_FILTER_CHARS} are allowed")
     if not text.strip():
-        return lambda _: True
+        return None
     terms = [_parse_term(term.strip(), state_of) for term in re.split(r"\s+AND\s+", text.strip())]
     return lambda record: all(term(record) for term in terms)
 
 
-def parse_order(text: str) -> tuple[Callable[[AdapterRecord], tuple[int, str]], bool]:
-    """The sort key, ties broken by name, and whether the order is reversed. Raises InvalidArgumentError."""
+def parse_order(text: str) -> tuple[str, bool]:
+    """The field to sort by, and whether the order is reversed. Raises InvalidArgumentError."""
     field, _, direction = (text.strip() or "name").partition(" ")
     if field not in _ORDERS or direction.strip() not in ("", "desc"):
         raise InvalidArgumentError.of("order_by", f"{text[:80]!r} must be one of {', '.join(_ORDERS)}, with ' desc' or without")
-    if field == "name":
-        return (lambda r: (0, r.name)), bool(direction)
-    if field == "create_time":
-        return (lambda r: (r.create_time_us, r.name)), bool(direction)
-    return (lambda r: (r.update_time_us, r.name)), bool(direction)
+    return field, bool(direction)
 
 
 def _parse_term(term: str, state_of: StateOf) -> Predicate:
