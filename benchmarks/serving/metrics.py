@@ -10,7 +10,7 @@ from benchmarks.serving.outcome import Outcome, ServerTimings
 
 # First token within this many seconds, as in the paper.
 SLO_S = 6.0
-# A request whose adapter was there waits for the engine to come to it, which is no step; one whose adapter was not, for a copy.
+# A request whose adapter is there waits until the engine has read its inbox; one whose adapter is not, for a step or more.
 HIT_WAIT_S = 0.001
 
 

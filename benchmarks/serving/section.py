@@ -19,8 +19,8 @@ uniform popularity, random weights. [benchmarks.md](benchmarks.md) says how it i
 Requests come all at once (*saturated*) or at a rate; cv is the coefficient of variation of the times between them (1 is
 Poisson). Latencies count from the time at which a request was planned: TTFT to the first token, E2E to the end; ITL are the
 gaps between tokens at their arrival. *SLO* is the share of requests with a first token within 6 s, *satisfaction* the
-paper's, *hits* the share whose adapter was on the device when the request joined the batch. *of base* compares with the base
-model alone in the same run.
+paper's, *hits* the share that waited less than 1 ms for its adapter once in the batch. *of base* compares with the base model
+alone in the same run.
 
 Of the time: *engine* is the share spent in steps (waiting for the device is part of one), *GPU* that in which a kernel ran, as
 the driver samples it; processor time is in cores, of control plane, data plane and the busiest client process; *late* is how
