@@ -52,12 +52,12 @@ class LoraLaunches(Enum):
     """Which kernels a plan has launched for each call of add().
 
     DECODE and MIXED are the same for every batch, so that a captured graph of begin() and add() computes, at each replay, the
-    plan of that kind that was made last.
+    plan that was made last. A graph of MIXED computes any plan, one of DECODE those of which DECODE is the `least_launches`.
     """
 
     AS_NEEDED = "those that the step has work for"
-    DECODE = "MBGMV, for steps of few tokens per adapter"
-    MIXED = "MBGMV and MBGMM, for any step"
+    DECODE = "MBGMV alone"
+    MIXED = "MBGMV and MBGMM"
 
 
 class LoraPlan(ABC):
@@ -67,6 +67,11 @@ class LoraPlan(ABC):
     @abstractmethod
     def is_empty(self) -> bool:
         """Whether no token of the step has an adapter, so that the base-only path may be taken."""
+
+    @property
+    def least_launches(self) -> LoraLaunches:
+        """What a graph must hold to compute this plan: DECODE or MIXED."""
+        return LoraLaunches.MIXED
 
     @abstractmethod
     def changes(self, targets: Sequence[LoraTarget]) -> bool:

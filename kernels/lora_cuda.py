@@ -55,6 +55,11 @@ class CudaLoraPlan(LoraPlan):
         """Whether no token of the step has an adapter."""
         return not any(self.summary.has_vector) and not any(self.summary.has_matrix)
 
+    @property
+    def least_launches(self) -> LoraLaunches:
+        """What a graph must hold to compute this plan."""
+        return LoraLaunches.MIXED if any(self.summary.has_matrix) else LoraLaunches.DECODE
+
     def changes(self, targets: Sequence[LoraTarget]) -> bool:
         """Whether any token's adapter adds anything to the targets of one input."""
         group = self.group_of[targets[0].module]
@@ -199,17 +204,21 @@ class CudaLoraOps(LoraOps):
             self._check(y, x, layer_pool, plan, group)
             plan.checked.add(group)
         pool, inputs, outputs = layer_pool.data_ptr(), (x.data_ptr(), x.stride(0)), (y.data_ptr(), y.stride(0))
+        with_matrix = plan.launches is LoraLaunches.MIXED or plan.summary.has_matrix[group]
+        with_vector = plan.launches is not LoraLaunches.AS_NEEDED or plan.summary.has_vector[group]
         # The first launch of a step waits for the tasks; whatever comes later may read them before it waits for anything.
-        if plan.launches is not LoraLaunches.AS_NEEDED or plan.summary.has_vector[group]:
+        if with_matrix:
+            plan.num_launches += 1
+            arguments = (pool, *inputs, self._matrix_spans[group], *self._shrink_arguments)
+            self._kernels.mbgmm_shrink(arguments, may_overlap=plan.num_launches > 1)
+        if with_vector:
             plan.num_launches += 1
             assert plan.num_launches <= _MAX_LAUNCHES, f"more than {_MAX_LAUNCHES} launches in one step"
-            arguments = (pool, *inputs, *outputs, self._vector_spans[group], *self._vector_arguments, plan.num_launches)
-            self._kernels.mbgmv(arguments, may_overlap=plan.num_launches > 1)
-        if plan.launches is LoraLaunches.MIXED or plan.summary.has_matrix[group]:
-            span = self._matrix_spans[group]
-            plan.num_launches += 1
-            self._kernels.mbgmm_shrink((pool, *inputs, span, *self._shrink_arguments), may_overlap=plan.num_launches > 1)
-            self._kernels.mbgmm_expand((pool, *outputs, span, *self._expand_arguments))
+            # Between the halves of MBGMM, beside the first one, which waits for x and y and changes neither.
+            places = (pool, *inputs, *outputs, self._vector_spans[group], *self._vector_arguments)
+            self._kernels.mbgmv((*places, plan.num_launches, with_matrix), may_overlap=plan.num_launches > 1)
+        if with_matrix:
+            self._kernels.mbgmm_expand((pool, *outputs, self._matrix_spans[group], *self._expand_arguments))
 
     def _check(self, y: torch.Tensor, x: torch.Tensor, layer_pool: torch.Tensor, plan: CudaLoraPlan, group: int) -> None:
         """The door: what the kernels take for granted."""

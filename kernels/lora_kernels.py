@@ -26,7 +26,7 @@ class LoraKernels:
         activations = (POINTER, LONG)  # first element and row stride
         expand_shared = -(-max_rank // MATRIX_STEP) * MATRIX_STEP * _ROW_BYTES
         self._write_tasks = load("step_plan.cu", "write_tasks", 256, 0, *(POINTER,) * 3, INT, INT, *(POINTER,) * 6)
-        self._vector = load("mbgmv.cu", "mbgmv", 128, 0, POINTER, *activations, *activations, *(POINTER,) * 5, UINT)
+        self._vector = load("mbgmv.cu", "mbgmv", 128, 0, POINTER, *activations, *activations, *(POINTER,) * 5, UINT, INT)
         self._shrink = load("mbgmm.cu", "mbgmm_shrink", 256, _SHRINK_SHARED, POINTER, *activations, *(POINTER,) * 7)
         self._expand = load("mbgmm.cu", "mbgmm_expand", 128, expand_shared, POINTER, *activations, *(POINTER,) * 4)
         num_sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
@@ -49,5 +49,5 @@ class LoraKernels:
         self._shrink.launch(self._shrink_grid, arguments, may_overlap=may_overlap)
 
     def mbgmm_expand(self, arguments: Sequence[int]) -> None:
-        """Comes right after the shrink that it belongs to."""
+        """Comes after the shrink that it belongs to, with nothing between but an MBGMV that ran beside that one."""
         self._expand.launch(self._expand_grid, arguments, may_overlap=True)

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from kernels.lora import LoraTarget
 
-# A segment of more tokens goes to MBGMM, unless the plan is one of LoraLaunches.DECODE.
-MAX_VECTOR_TOKENS = 16
+# Segments of more tokens go to MBGMM, and so do those of a wide rank if they have more than MIN_MATRIX_TOKENS: MBGMV reads the
+# rows of B once for each 4 tokens. A launch of MBGMM takes longer than one of MBGMV, but a few tokens more cost it nothing.
+MAX_VECTOR_TOKENS = 64
+MIN_MATRIX_TOKENS = 5
+WIDE_RANK = 32
 
 TILE_TOKENS = 8
 TILE_ROWS = 16
@@ -55,7 +58,7 @@ class Slices:
 
 
 VECTOR_SLICES = Slices(most=8, shortest=256, step=32)
-MATRIX_SLICES = Slices(most=4, shortest=512, step=128)
+MATRIX_SLICES = Slices(most=8, shortest=512, step=128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class PlanCapacity:
         tokens, segments = limits.max_vector_tokens, limits.max_requests
         tiles = min(tokens, segments + tokens // TILE_TOKENS)
         expand_tiles = min(tokens, segments + tokens // EXPAND_TOKENS)
-        matrix_segments = min(segments, limits.max_tokens // (MAX_VECTOR_TOKENS + 1))
+        matrix_segments = min(segments, limits.max_tokens // MIN_MATRIX_TOKENS)
         widths = shape.num_targets_of * limits.max_rank
         padded_widths = shape.num_targets_of * int(ceil_div(np.array(limits.max_rank), MATRIX_STEP)) * MATRIX_STEP
         row_tiles = tiles * ceil_div(widths, TILE_ROWS)

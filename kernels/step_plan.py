@@ -22,11 +22,13 @@ from kernels.plan_layout import (
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
     MAX_VECTOR_TOKENS,
+    MIN_MATRIX_TOKENS,
     PIECE_INTS,
     SPAN_INTS,
     TILE_ROWS,
     TILE_TOKENS,
     VECTOR_SLICES,
+    WIDE_RANK,
     Ints,
     Longs,
     LoraLimits,
@@ -81,7 +83,7 @@ class StepPlanner:
         segments = _Segments(starts, np.diff(starts, append=len(ordered)), entries["rank"].astype(np.int64))
 
         spans = np.zeros((shape.num_groups, 2, SPAN_INTS), dtype=np.int32)
-        is_matrix = np.zeros(len(starts), dtype=bool) if decode else segments.counts > MAX_VECTOR_TOKENS
+        is_matrix = np.zeros(len(starts), dtype=bool) if decode else _is_for_matrix(segments)
         tiles = self._tiles(segments, np.flatnonzero(~is_matrix), spans[:, 0])
         pieces = self._matrix_pieces(segments, np.flatnonzero(is_matrix), spans[:, 1])
 
@@ -188,6 +190,13 @@ class StepPlanner:
         spans[:, 0], spans[:, 1] = firsts[0:end:3], totals[0:end:3]
         spans[:, 2] = firsts[end:][shape.first_target]
         spans[:, 3] = np.add.reduceat(totals[end:], shape.first_target)
+
+
+def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
+    """Which segments MBGMM computes: those that MBGMV would take long for, and then all that it would not be idle with."""
+    is_enough = segments.counts >= MIN_MATRIX_TOKENS
+    is_much = (segments.counts > MAX_VECTOR_TOKENS) | (is_enough & (segments.ranks.max(axis=1) >= WIDE_RANK))
+    return is_enough if is_much.any() else is_much
 
 
 def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:

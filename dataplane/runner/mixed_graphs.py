@@ -36,21 +36,22 @@ class MixedGraphs:
         self._recorder = recorder
         # Attention leaves rows of padding as they are: what they start with must be something harmless.
         activations.attended.zero_()
-        self._steps = PaddedSteps(decoder, sizes, activations, pool, decoder.attention, LoraLaunches.MIXED)
+        self._steps = PaddedSteps(decoder, sizes, activations, pool, decoder.attention)
         self._chains: dict[tuple[int, LoraScope], _Chain] = {}
 
     def capture(self, buffers: StepBuffers, idle: StepArrays) -> None:
         """Captures all sizes, the largest first, so that the others find room in its memory. idle: a step of one short prompt."""
         for size in reversed(self.sizes):
             inputs = buffers.upload(idle, size)
-            self.launch(self._steps.make(inputs, LoraScope.ALL))  # loads the kernels of this size, which a capture must not
+            # Loads the kernels of this size, which a capture must not.
+            self.launch(self._steps.make(inputs, LoraScope.ALL, LoraLaunches.MIXED))
             for scope in LoraScope:
-                step = self._steps.make(inputs, scope)
+                step = self._steps.make(inputs, scope, LoraLaunches.MIXED)
                 self._chains[size, scope] = _Chain(step, self._pieces(step))
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [S, vocab] fp32 of a step padded to one of the sizes."""
-        scope, plan = self._steps.plan(inputs)
+        scope, _, plan = self._steps.plan(inputs)
         chain = self._chains[len(inputs.token_ids), scope]
         step = replace(chain.step, inputs=inputs, plan=plan)
         chain.pieces[0].replay()

@@ -3,10 +3,10 @@
 from bisect import bisect_left
 from collections.abc import Iterable
 
-# Close together where a row more costs the most; matrices are multiplied in tiles of 64 rows and more.
+# Close together: a row of padding costs what a row of a step does, from some hundred rows on 0.02 ms with 7B parameters.
 _SMALL_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _DECODE_STEP = 64
-_SMALL_MIXED = tuple(range(32, 257, 32))
+_SMALL_MIXED = tuple(range(32, 513, 32))
 _MIXED_STEP = 64
 # Above, a step takes longer to compute than to launch.
 _MAX_MIXED_ROWS = 768

@@ -20,29 +20,28 @@ class PaddedSteps:
         activations: Activations,
         pool: torch.Tensor,
         attention: AttentionBackend,
-        launches: LoraLaunches,
     ) -> None:
-        """sizes: numbers of rows, ascending. activations: room for the last of them. launches: of LoRA, in every step."""
+        """sizes: numbers of rows, ascending. activations: room for the last of them."""
         self.sizes = sizes
         self.decoder = decoder
         self._attention = attention
-        self._launches = launches
         self._pools = decoder.pools(pool)
         self._activations = {size: activations.first(decoder.config, size) for size in sizes}
 
-    def make(self, inputs: StepInputs, scope: LoraScope) -> DecoderStep:
-        """A step of these rows whose launches serve every step of as many rows and of that scope."""
+    def make(self, inputs: StepInputs, scope: LoraScope, launches: LoraLaunches) -> DecoderStep:
+        """A step of these rows whose launches serve every step of as many rows, of that scope, for which these are enough."""
         decoder, activations = self.decoder, self._activations[len(inputs.token_ids)]
-        lora_plan = decoder.lora.plan([], [], self._launches)
+        lora_plan = decoder.lora.plan([], [], launches)
         lora = LoraStep(decoder.lora, decoder.lora_groups, lora_plan, scope.value)
         plan = self._attention.plan(inputs, activations.q, activations.out)
         return DecoderStep(inputs, self._pools, activations, lora, self._attention, plan)
 
-    def plan(self, inputs: StepInputs) -> tuple[LoraScope, AttentionPlan]:
-        """Brings to the device what a captured step of these rows will read."""
-        host, decoder, scope = inputs.host, self.decoder, LoraScope.NONE
+    def plan(self, inputs: StepInputs) -> tuple[LoraScope, LoraLaunches, AttentionPlan]:
+        """Brings to the device what a captured step of these rows will read. Returns the scope and the launches it must have."""
+        host, decoder = inputs.host, self.decoder
+        scope, launches = LoraScope.NONE, LoraLaunches.DECODE
         if host.adapters:
-            lora_plan = decoder.lora.plan(host.adapter_index, host.adapters, self._launches)
-            scope = LoraScope.of(lora_plan, decoder.lora_groups)
+            lora_plan = decoder.lora.plan(host.adapter_index, host.adapters, LoraLaunches.MIXED)
+            scope, launches = LoraScope.of(lora_plan, decoder.lora_groups), lora_plan.least_launches
         activations = self._activations[len(inputs.token_ids)]
-        return scope, self._attention.plan(inputs, activations.q, activations.out)
+        return scope, launches, self._attention.plan(inputs, activations.q, activations.out)

@@ -196,10 +196,12 @@ __device__ __forceinline__ void expand(const ExpandTask& task, int row, const El
 
 // pool: one layer, flat. x: [tokens, x_stride]. y: [tokens, y_stride], added to in place. span: where this input's tasks lie.
 // v: scratch. step: counted by write_tasks; round: tells this launch from the others of the step.
+// is_ready: the launch before this one began with all that x and y need, and leaves both alone, so the two run side by side.
 // The grid may be no larger than what is resident at once.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     mbgmv(const Element* pool, const Element* x, long long x_stride, Element* y, long long y_stride, const TaskSpan* span,
-          const ShrinkTask* shrink_tasks, const ExpandTask* expand_tasks, Part* v, const unsigned* step, unsigned round) {
+          const ShrinkTask* shrink_tasks, const ExpandTask* expand_tasks, Part* v, const unsigned* step, unsigned round,
+          int is_ready) {
   allow_next_launch();
   const int lane = threadIdx.x & 31;
   // Neighbouring tasks go to different multiprocessors, so that few tasks still use the whole device's bandwidth.
@@ -208,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int4 bounds = *reinterpret_cast<const int4*>(span);
   const int num_shrink = bounds.y, num_expand = bounds.w;
   const unsigned mark = *step << 12 | round;
-  bool has_waited = false;
+  bool has_waited = is_ready;
 
   int i = first;
   ShrinkLane next;
@@ -228,5 +230,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   }
   // The launch after this one takes this one's end for the end of everything before it.
-  if (!has_waited) wait_for_previous_launch();
+  if (!has_waited || is_ready) wait_for_previous_launch();
 }

@@ -206,6 +206,34 @@ def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(launches: LoraLaunc
                 assert torch.equal(bits(t.y[len(adapter_index) :]), bits(original[len(adapter_index) :]))
 
 
+def test_a_graph_of_mbgmv_alone_computes_plans_that_need_no_more() -> None:
+    dtype = torch.bfloat16
+    pool = Pool(LARGE, [16, 5, 64, 33, 8], dtype)
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
+    tensors = Tensors.random(LARGE[0], 40, dtype)
+    original = tensors.y.clone()
+
+    def step(plan: LoraPlan) -> None:
+        ops.begin(plan)
+        tensors.y.copy_(original)
+        add(ops, plan, pool, tensors, LARGE[0])
+
+    captured = ops.plan([], [], LoraLaunches.DECODE)
+    step(captured)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured)
+    for adapter_index, least in (([2, 3] * 4 + [0, 1, 4] * 9, LoraLaunches.DECODE), ([2] * 5, LoraLaunches.MIXED)):
+        plan = ops.plan(adapter_index, pool.adapters, LoraLaunches.MIXED)
+        assert plan.least_launches is least
+        step(plan)
+        expected = tensors.y.clone()
+        if least is LoraLaunches.DECODE:
+            graph.replay()
+            assert torch.equal(bits(tensors.y), bits(expected))
+
+
 def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_rounding() -> None:
     """The same tokens by MBGMV and, among more of their adapter, by MBGMM."""
     dtype = torch.float16
@@ -213,8 +241,8 @@ def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_
     ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
     tensors = Tensors.random(LARGE[0], 200, dtype)
     few = Tensors(tensors.x[:7], tensors.y[:7].clone(), tensors.y)
-    for t in (tensors, few):
-        plan = ops.plan([0] * len(t.y), pool.adapters)
+    for t, launches in ((tensors, LoraLaunches.MIXED), (few, LoraLaunches.DECODE)):
+        plan = ops.plan([0] * len(t.y), pool.adapters, launches)
         ops.begin(plan)
         add(ops, plan, pool, t, LARGE[0])
     torch.testing.assert_close(tensors.y[:7], few.y, rtol=2e-3, atol=2e-3)

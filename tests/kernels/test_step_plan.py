@@ -16,6 +16,7 @@ from kernels.plan_layout import (
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
     MAX_VECTOR_TOKENS,
+    MIN_MATRIX_TOKENS,
     PIECE_INTS,
     SPAN_INTS,
     Ints,
@@ -113,7 +114,7 @@ def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[in
             seen += tokens
     assert sorted(seen) == [token for token, index in enumerate(adapter_index) if index >= 0]
     for piece in plan.segments:
-        assert launches is not LoraLaunches.DECODE and piece[2] > MAX_VECTOR_TOKENS
+        assert launches is not LoraLaunches.DECODE and piece[2] >= MIN_MATRIX_TOKENS
 
 
 def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
@@ -175,14 +176,34 @@ def check_rooms(plan: Written) -> None:
     [
         (list(range(24)), LoraLaunches.DECODE),
         ([t % 24 for t in range(200)], LoraLaunches.AS_NEEDED),
-        ([t // 17 for t in range(11 * 17)] + list(range(11, 24)), LoraLaunches.AS_NEEDED),
-        ([t // 16 for t in range(192)] + [12] * 8, LoraLaunches.MIXED),
+        ([t // 5 for t in range(120)], LoraLaunches.AS_NEEDED),
+        ([t // 8 for t in range(192)] + [12] * 8, LoraLaunches.MIXED),
+        ([t // 4 for t in range(96)] + [23] * 104, LoraLaunches.MIXED),
         ([0] * 200, LoraLaunches.MIXED),
     ],
 )
 def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches) -> None:
     ranks = [[LIMITS.max_rank] * 4 for _ in range(24)]
     check_rooms(write(adapter_index, ranks, launches))
+
+
+@pytest.mark.parametrize(
+    ("counts_and_ranks", "for_matrix"),
+    [
+        ([(64, 8), (5, 16), (4, 40)], []),
+        ([(65, 8)], [0]),
+        ([(5, 32), (4, 40), (1, 8)], [0]),
+        # Once MBGMM is launched, whoever has a few tokens goes there too.
+        ([(65, 8), (5, 8), (4, 8), (6, 40)], [0, 1, 3]),
+    ],
+)
+def test_segments_of_many_tokens_or_wide_ranks_go_to_the_tensor_cores(
+    counts_and_ranks: list[tuple[int, int]], for_matrix: list[int]
+) -> None:
+    index = [i for i, (count, _) in enumerate(counts_and_ranks) for _ in range(count)]
+    plan = write(index, [[1, rank, 0, 1] for _, rank in counts_and_ranks])
+    assert [int(piece[0]) // len(MODULES) for piece in plan.segments] == for_matrix
+    assert all(count <= MAX_VECTOR_TOKENS for i, (count, _) in enumerate(counts_and_ranks) if i not in for_matrix)
 
 
 def test_steps_past_the_limits_are_caught() -> None:

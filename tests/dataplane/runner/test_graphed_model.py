@@ -20,6 +20,7 @@ from dataplane.model.layer_ops import TorchLayerOps
 from dataplane.model.layer_ops_choice import layer_ops
 from dataplane.model.step_inputs import StepArrays
 from dataplane.model.weights import ModelWeights, make_dummy_weights
+from dataplane.runner.decode_graphs import LORA_VARIANTS
 from dataplane.runner.graphed_model import GraphedModel
 from dataplane.runner.lora_scope import LoraScope
 from dataplane.runner.step_buffers import StepBuffers
@@ -208,7 +209,7 @@ def test_steps_in_a_row_agree_with_fp32_and_write_nowhere_else(world: World) -> 
         logits = world.model.forward(inputs, world.pool).clone()
         expected = world.wide.forward(world.buffers.upload(step, step.num_tokens), wide_pool)
         assert logits.shape == expected.shape and logits.dtype == torch.float32
-        assert relative_error(logits, expected) < 0.03, sizes
+        assert not len(expected) or relative_error(logits, expected) < 0.03, sizes
         pages = torch.from_numpy(np.unique(step.slots // PAGE_TOKENS)).cuda().long()
         before[:, pages] = world.pool[:, pages]
         before[:, NUM_PAGES] = world.pool[:, NUM_PAGES]
@@ -231,19 +232,24 @@ SCOPES = {LoraScope.NONE: [], LoraScope.ATTENTION: ATTENTION, LoraScope.ALL: ["q
 @pytest.mark.gpu
 @pytest.mark.parametrize("scope", LoraScope)
 def test_a_replayed_decode_equals_its_launches_bit_for_bit(world: World, scope: LoraScope) -> None:
-    adapters = [world.adapter(8, SCOPES[scope]) if SCOPES[scope] else None for _ in range(3)]
+    adapters = [world.adapter(rank, SCOPES[scope]) if SCOPES[scope] else None for rank in (8, 40, 3)]
     graphs = world.model._decode
     assert graphs is not None
+    seen = set()
     for num_requests in (1, 3, 13, 24):
         step = decode_batch(world, [*adapters, None, *adapters, *adapters, *adapters, *adapters * 4][:num_requests])
         inputs = world.upload(step)
         with torch.inference_mode():
             replayed = world.model.forward(inputs, world.pool).clone()
-            launched = graphs._steps.make(inputs, scope)
-            assert graphs._steps.plan(inputs)[0] is scope
+            found, launches, _ = graphs._steps.plan(inputs)
+            assert found is scope
+            seen.add(launches)
+            launched = graphs._steps.make(inputs, scope, launches)
+            graphs._steps.plan(inputs)
             graphs._logits.fill_(torch.nan)
             graphs.launch(launched)
         assert torch.equal(graphs._logits[:num_requests], replayed)
+    assert len(seen) == (1 if scope is LoraScope.NONE else 2)
 
 
 @pytest.mark.gpu
@@ -258,8 +264,8 @@ def test_a_replayed_chain_equals_its_launches_bit_for_bit(world: World, scope: L
         inputs = world.upload(step)
         with torch.inference_mode():
             replayed = world.model.forward(inputs, world.pool).clone()
-            launched = graphs._steps.make(inputs, scope)
-            found, plan = graphs._steps.plan(inputs)
+            launched = graphs._steps.make(inputs, scope, LoraLaunches.MIXED)
+            found, _, plan = graphs._steps.plan(inputs)
             assert found is scope
             expected = graphs.launch(replace(launched, plan=plan))
         assert torch.equal(expected, replayed)
@@ -271,11 +277,11 @@ def test_a_graph_with_lora_computes_the_base_model_where_there_is_none(world: Wo
     assert graphs is not None
     inputs = world.upload(decode_batch(world, [None] * 5))
     base = world.model.forward(inputs, world.pool).clone()
-    world.decoder.lora.plan([], [], LoraLaunches.DECODE)
-    for scope in LoraScope:
+    world.decoder.lora.plan([], [], LoraLaunches.MIXED)
+    for variant in LORA_VARIANTS:
         with torch.inference_mode():
             graphs._logits.fill_(torch.nan)
-        graphs._graphs[len(inputs.token_ids), scope].replay()
+        graphs._graphs[len(inputs.token_ids), *variant].replay()
         assert torch.equal(graphs._logits[:5], base)
 
 
