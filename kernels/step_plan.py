@@ -193,10 +193,9 @@ class StepPlanner:
 
 
 def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
-    """Which segments MBGMM computes: those that MBGMV would take long for, and then all that it would not be idle with."""
-    is_enough = segments.counts >= MIN_MATRIX_TOKENS
-    is_much = (segments.counts > MAX_VECTOR_TOKENS) | (is_enough & (segments.ranks.max(axis=1) >= WIDE_RANK))
-    return is_enough if is_much.any() else is_much
+    """Which segments MBGMM computes: those that MBGMV would take longer for."""
+    is_wide = segments.ranks.max(axis=1) >= WIDE_RANK
+    return segments.counts > np.where(is_wide, MIN_MATRIX_TOKENS - 1, MAX_VECTOR_TOKENS)
 
 
 def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:

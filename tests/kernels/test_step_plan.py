@@ -190,11 +190,9 @@ def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches)
 @pytest.mark.parametrize(
     ("counts_and_ranks", "for_matrix"),
     [
-        ([(64, 8), (5, 16), (4, 40)], []),
-        ([(65, 8)], [0]),
+        ([(128, 8), (5, 16), (4, 40)], []),
+        ([(129, 8), (6, 8)], [0]),
         ([(5, 32), (4, 40), (1, 8)], [0]),
-        # Once MBGMM is launched, whoever has a few tokens goes there too.
-        ([(65, 8), (5, 8), (4, 8), (6, 40)], [0, 1, 3]),
     ],
 )
 def test_segments_of_many_tokens_or_wide_ranks_go_to_the_tensor_cores(
