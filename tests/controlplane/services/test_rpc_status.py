@@ -85,7 +85,8 @@ def test_every_error_of_the_adapter_store_has_a_status(error: store_errors.Adapt
 
 
 def test_every_subclass_of_the_store_errors_is_mapped_by_name() -> None:
-    unmapped = store_errors.AdapterStoreError.__subclasses__()
+    # No call meets HostMemoryError: it ends a data plane's start.
+    unmapped = {*store_errors.AdapterStoreError.__subclasses__()} - {store_errors.HostMemoryError}
     assert {kind.__name__ for kind in unmapped} == {
         "SourceNotFoundError",
         "SourceForbiddenError",
