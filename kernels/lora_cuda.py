@@ -108,8 +108,8 @@ class CudaLoraOps(LoraOps):
     """Launches for one model's inputs: `groups` are the targets of q, k and v, of o, of gate and up, of down.
 
     Launches can be captured: a plan that is not AS_NEEDED, then begin() and add() for every input within CUDA graphs. A replay
-    computes the plan of that kind that was uploaded last. Plans, begins and adds belong to one stream: two steps side by side
-    would overwrite each other's products.
+    computes the plan that was uploaded last, if its launches are enough for it. Plans, begins and adds belong to one stream: two
+    steps side by side would overwrite each other's products.
     """
 
     def __init__(
