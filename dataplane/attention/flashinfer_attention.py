@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dataplane.attention.flashinfer_decode_graphs import FlashInferDecodeGraphs
-from dataplane.attention.flashinfer_wrappers import WindowWrappers, make_workspace
+from dataplane.attention.flashinfer_wrappers import WindowWrappers, Workspace
 from dataplane.attention.interface import AttentionBackend, AttentionPlan, AttentionShape, KvPages
 from dataplane.attention.read_pages import ReadPages
 from dataplane.attention.staged_ints import StagedInts
@@ -42,8 +42,8 @@ class FlashInferAttention(AttentionBackend):
         """Compiles the kernels, or loads them where this machine has compiled them before."""
         self._shape = shape
         self._flashinfer = import_flashinfer()
-        workspace = make_workspace(shape, device)
-        self._wrappers = {w: WindowWrappers(self._flashinfer, shape, dtype, w, workspace) for w in shape.windows}
+        self._workspace = Workspace(shape, device)
+        self._wrappers = {w: WindowWrappers(self._flashinfer, shape, dtype, w, self._workspace) for w in shape.windows}
         self._calls = {w: _WindowCalls(wrappers, shape.page_tokens, w, device) for w, wrappers in self._wrappers.items()}
         self._rows = torch.arange(_MAX_NUMBERED_ROWS, dtype=torch.int32, device=device)
         self._current: FlashInferPlan | None = None
@@ -56,6 +56,7 @@ class FlashInferAttention(AttentionBackend):
 
     def for_decode_graphs(self, max_rows: int, max_pages: int, padding_page: int) -> FlashInferDecodeGraphs:
         """A backend for steps of decodes alone whose `attend` launches the same for every step of P rows."""
+        self._workspace.reserve(max_rows)
         return FlashInferDecodeGraphs(self, self._wrappers, self._shape.page_tokens, max_rows, max_pages, padding_page)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, pages: KvPages, inputs: StepInputs) -> None:

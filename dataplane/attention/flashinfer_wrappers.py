@@ -17,6 +17,9 @@ _PLAN_BYTES = 8 << 20
 _MAX_TILE_ROWS = 128
 _TILES_PER_PROCESSOR = 2
 _MIN_WORKSPACE_BYTES = 64 << 20
+_ALIGNMENT_BYTES = 1 << 20
+# Of a captured decode: rows of its tiles, by the most query heads that share a KV head.
+_DECODE_TILES = ((16, 16), (64, 64), (128, 1 << 30))
 
 
 class PlanMemory:
@@ -43,22 +46,48 @@ class PlanMemory:
         self._copied[self._turn].record()
 
 
+class Workspace:
+    """Where split calls leave what is to be merged, fp32. All wrappers share it, as their calls follow one another."""
+
+    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
+        self._shape = shape
+        self._num_tiles = _TILES_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        # A step that is not captured splits no further than its tiles fill the device once, each at its largest.
+        num_rows = shape.num_heads // shape.num_kv_heads * self._num_tiles * _MAX_TILE_ROWS
+        self.memory = torch.zeros(max(_MIN_WORKSPACE_BYTES, self._num_bytes(num_rows)), dtype=torch.uint8, device=device)
+
+    def reserve(self, max_rows: int) -> None:
+        """Makes room for captured decodes of that many rows, for wrappers made from here on.
+
+        FlashInfer gives each tile that such a step might have a place (scheduler.cuh, PrefillSplitQOKVIndptr).
+        """
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        tile_rows = next(rows for rows, largest in _DECODE_TILES if group <= largest)
+        num_tiles = max(-(-max_rows * group // tile_rows) + max_rows - 1, self._num_tiles // self._shape.num_kv_heads)
+        size_bytes = self._num_bytes(num_tiles * tile_rows * self._shape.num_heads)
+        if size_bytes > len(self.memory):
+            self.memory = torch.zeros(size_bytes, dtype=torch.uint8, device=self.memory.device)
+
+    def _num_bytes(self, num_rows: int) -> int:
+        """Of partial outputs of one head each, with their sums."""
+        return num_rows * (self._shape.head_dim + 1) * 4 + _ALIGNMENT_BYTES
+
+
 class WindowWrappers:
     """Makes and plans the wrappers for the layers of one sliding window."""
 
     def __init__(
-        self, flashinfer: Any, shape: AttentionShape, dtype: torch.dtype, window: int | None, workspace: torch.Tensor
+        self, flashinfer: Any, shape: AttentionShape, dtype: torch.dtype, window: int | None, workspace: Workspace
     ) -> None:
-        """workspace: for what split calls leave to be merged; shared by all, as calls follow one another."""
-        self.device = workspace.device
+        self.device = workspace.memory.device
         self._flashinfer = flashinfer
         self._workspace = workspace
         self._use_tensor_cores = shape.num_heads // shape.num_kv_heads not in _CUDA_CORE_GROUPS
         self._shape = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_tokens)
         # FlashInfer counts the tokens before the query's own.
         self._options = {"window_left": -1 if window is None else window - 1, "q_data_type": dtype, "kv_data_type": dtype}
-        self._decode_memory = PlanMemory(workspace.device)
-        self._prefill_memory = PlanMemory(workspace.device)
+        self._decode_memory = PlanMemory(self.device)
+        self._prefill_memory = PlanMemory(self.device)
 
     def decode(self, places: tuple[torch.Tensor, ...] | None = None) -> Any:
         """A wrapper for requests of one row each, its kernels loaded.
@@ -71,7 +100,7 @@ class WindowWrappers:
             names = ("paged_kv_indptr_buffer", "paged_kv_last_page_len_buffer", "paged_kv_indices_buffer")
             options |= {"use_cuda_graph": True, **dict(zip(names, places, strict=True))}
             num_requests = len(places[1])
-        wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", **options)
+        wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace.memory, "NHD", **options)
         steps = torch.arange(num_requests + 1, dtype=torch.int32)
         self._decode_memory.lend(wrapper)
         # In full once, on pages that nobody reads; `plan_decode` relies on what it finds out.
@@ -81,7 +110,7 @@ class WindowWrappers:
 
     def prefill(self) -> Any:
         """A wrapper for requests of any number of rows."""
-        return self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        return self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace.memory, "NHD")
 
     def plan_decode(self, wrapper: Any, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor) -> None:
         """Plans a step from arrays in pinned memory; those on the device are the caller's to copy, or to set."""
@@ -98,11 +127,3 @@ class WindowWrappers:
         self._prefill_memory.lend(wrapper)
         wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)
         self._prefill_memory.sent()
-
-
-def make_workspace(shape: AttentionShape, device: torch.device) -> torch.Tensor:
-    """Room for what a split call leaves to be merged, fp32: all tiles that the device runs at once, each at its largest."""
-    num_tiles = _TILES_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    num_rows = shape.num_heads // shape.num_kv_heads * num_tiles * _MAX_TILE_ROWS
-    size_bytes = max(_MIN_WORKSPACE_BYTES, num_rows * (shape.head_dim + 1) * 4 + (1 << 20))
-    return torch.zeros(size_bytes, dtype=torch.uint8, device=device)

@@ -202,12 +202,13 @@ def test_a_plan_ends_with_the_next_one(tools: Tools) -> None:
 
 # Kernels without and with tensor cores; split calls (few rows) and whole ones (many).
 @pytest.mark.parametrize("window", [None, 24])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2)])
+# And as many heads as real models have, of groups whose tiles have 16 and 64 rows: what split calls leave takes the most room.
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 64), (32, 8, 128), (40, 2, 128)])
 @pytest.mark.parametrize("num_rows", [8, 400])
 def test_one_graph_serves_every_step_of_as_many_rows(
-    num_heads: int, num_kv_heads: int, window: int | None, num_rows: int, tools: Tools
+    num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, num_rows: int, tools: Tools
 ) -> None:
-    shape, eager = make(num_heads, num_kv_heads, 64, 16, window, torch.bfloat16)
+    shape, eager = make(num_heads, num_kv_heads, head_dim, 16, window, torch.bfloat16)
     chooser = random.Random(num_rows)
     batches = [
         [(chooser.choice([1, 16, 17, 100, 900]), 1) for _ in range(n)] for n in (1, num_rows, num_rows // 2 + 1, num_rows - 1)
