@@ -14,8 +14,8 @@ from benchmarks.baselines.options import Baseline, BaselineOptions, parse_option
 from dataplane.__main__ import main as serve_data_plane
 from dataplane.assembly import DataPlane, load_data_plane
 from dataplane.config import DataPlaneConfig
-from dataplane.parts import Parts
 from dataplane.model.weights import Progress
+from dataplane.parts import Parts
 
 
 def parts_of(options: BaselineOptions) -> Parts:
