@@ -100,12 +100,16 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: _Context
     ) -> pb.UploadAdapterResponse:
         """See adapter.proto."""
-        upload = await _in_thread(self._uploads.begin)
+        begun: list[Upload] = []
         try:
+            # A call may be cancelled while this runs, and what began all the same must end with it.
+            await _in_thread(lambda: begun.append(self._uploads.begin()))
+            (upload,) = begun
             await _receive(request_iterator, upload)
             upload_id = await _in_thread(upload.finish)
         except BaseException:
-            await _in_thread(upload.discard)
+            for upload in begun:
+                await _in_thread(upload.discard)
             raise
         expires = timestamp_pb2.Timestamp()
         expires.GetCurrentTime()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 
 from adapter_store.geometry import LORA_MODULES, BaseGeometry, LinearShape
 from adapter_store.image_store import ImageStore
-from adapter_store.sources import UploadArea
+from adapter_store.sources import Upload, UploadArea
 from controlplane.errors import NotFoundError, UnavailableError
 from controlplane.messages import AdapterResidency
 from controlplane.registry import watch as watch_module
@@ -552,6 +553,28 @@ def test_broken_uploads_are_refused_and_leave_nothing(run: Run, tmp_path: Path) 
             with Refused(code, text):
                 await s.stub.UploadAdapter(iter(sent))
             assert list((tmp_path / "uploads").iterdir()) == []
+
+    run(scenario)
+
+
+def test_an_upload_that_is_cancelled_as_it_begins_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = UploadArea.begin
+    begins: list[Upload] = []
+
+    def begin_slowly(area: UploadArea) -> Upload:
+        begins.append(begin(area))
+        time.sleep(0.1)
+        return begins[-1]
+
+    monkeypatch.setattr(UploadArea, "begin", begin_slowly)
+
+    async def scenario(s: Served) -> None:
+        call = s.stub.UploadAdapter()
+        await until(lambda: bool(begins))
+        call.cancel()
+        await until(lambda: not any((tmp_path / "uploads").iterdir()))
 
     run(scenario)
 
