@@ -221,12 +221,14 @@ class Engine:
             self._take_in_launched()
             return False
         started_at = self._clock()
-        packed = self._packer.pack(self._standing.values())
+        packed = self._pack(started_at)
+        if packed.starved and self._take_in_launched():
+            # Pages are short only if they still are when all is known that ends with the step on its way: the control plane
+            # preempts a request for who starves.
+            packed = self._pack(started_at)
+        self._draft.starve(packed.starved)
         # Before the model runs, so that these copies overlap it. One page for each request stays free: its next.
         self._residency.advance_prefetch(num_reserved_pages=len(self._standing))
-        for request in packed.ready:
-            self._draft.adapter_ready(request.request_key, started_at - request.admitted_at)
-        self._draft.starve(packed.starved)
         if not packed.chunks:
             return self._take_in_launched() or self._residency.wait_for_copies()
         launched = self._runner.launch(packed.chunks)
@@ -238,6 +240,12 @@ class Engine:
         if not self._runner.runs_ahead:
             self._take_in_launched()
         return True
+
+    def _pack(self, now: float) -> PackedStep:
+        packed = self._packer.pack(self._standing.values())
+        for request in packed.ready:
+            self._draft.adapter_ready(request.request_key, now - request.admitted_at)
+        return packed
 
     def _take_in_launched(self) -> bool:
         """Waits for the step on its way, books what it chose and reports it. Returns whether there was one."""

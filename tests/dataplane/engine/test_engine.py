@@ -399,6 +399,30 @@ def test_nothing_runs_ahead_of_a_request_whose_last_token_is_on_its_way(make_wor
     assert (len(world.tokens[2]), world.device.num_launched) == (2, 5)
 
 
+def test_nobody_starves_for_pages_that_the_step_on_its_way_sets_free(make_world: MakeWorld, admit: Admit, expect: Expect) -> None:
+    world = make_world(runs_ahead=True, num_pages=4)
+    # Both hold two pages; the second needs a third for its next token, and the first ends with the step before that.
+    world.update(admit=[admit(1, [1] * 7, 1), admit(2, [2] * 8, 3)])
+    reports = world.run_until_idle()
+    assert [report.starved for report in reports] == [()] * len(reports), "the control plane would preempt the second"
+    assert world.tokens == {1: expect([1] * 7, 1), 2: expect([2] * 8, 3)}
+
+
+def test_that_an_adapter_is_ready_is_said_though_its_request_waits_for_the_step_on_its_way(
+    make_world: MakeWorld, admit: Admit
+) -> None:
+    world = make_world(runs_ahead=True, num_pages=7)
+    world.update(prefetch=["x"])
+    world.run_until_idle()
+    world.update(admit=[admit(1, [1] * 7, 1), admit(2, [2] * 8, 3)])
+    world.turn()
+    world.update(admit=[admit(3, [3] * 4, 1, "x")])
+    reports = world.run_until_idle()
+    assert [ready.request_key for report in reports for ready in report.adapter_ready] == [3]
+    assert not any(report.starved for report in reports)
+    assert {reason for reason, _ in world.finished.values()} == {EngineFinishReason.LENGTH}
+
+
 def test_a_key_that_is_admitted_again_while_its_step_runs_does_not_get_the_old_token(
     make_world: MakeWorld, admit: Admit, expect: Expect
 ) -> None:
