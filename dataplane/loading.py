@@ -88,6 +88,7 @@ def load_model(
         DataPlaneError, ModelError, PoolTooSmallError: it cannot be served; the message says why.
     """
     model_config, geometry, device = base.config, base.geometry, base.device
+    _check_token_budget(config)
     max_model_len = _max_model_len(config, model_config)
     dtype = getattr(torch, geometry.dtype)
     clock = _Clock()
@@ -186,6 +187,14 @@ def _device(config: DataPlaneConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def _check_token_budget(config: DataPlaneConfig) -> None:
+    if config.token_budget < config.max_num_seqs:
+        raise DataPlaneError(
+            f"--token-budget {config.token_budget} is below --max-num-seqs {config.max_num_seqs}: every step computes one token "
+            "of each decoding request; raise the one or lower the other"
+        )
+
+
 def _max_model_len(config: DataPlaneConfig, model: ModelConfig) -> int:
     longest = model.max_position_embeddings
     if config.max_model_len is None:
@@ -206,15 +215,12 @@ def _weights(
 def _limits(
     config: DataPlaneConfig, model: ModelConfig, geometry: BaseGeometry, max_model_len: int, num_pages: int
 ) -> EngineLimits:
-    try:
-        return EngineLimits(
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            token_budget=config.token_budget,
-            num_pages=num_pages,
-            page_tokens=geometry.page_tokens,
-        )
-    except ValueError as error:
-        raise DataPlaneError(str(error)) from error
+    return EngineLimits(
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        token_budget=config.token_budget,
+        num_pages=num_pages,
+        page_tokens=geometry.page_tokens,
+    )

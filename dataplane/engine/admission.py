@@ -19,11 +19,7 @@ class EngineLimits:
     page_tokens: int
 
     def __post_init__(self) -> None:
-        if self.token_budget < self.max_num_seqs:
-            raise ValueError(
-                f"token_budget {self.token_budget} is below max_num_seqs {self.max_num_seqs}: every step computes one token of "
-                "each decoding request; raise --token-budget or lower --max-num-seqs"
-            )
+        assert self.token_budget >= self.max_num_seqs, "every step computes one token of each decoding request"
 
 
 def refusal(request: AdmittedRequest, limits: EngineLimits, running_keys: Container[int], num_running: int) -> str | None:
