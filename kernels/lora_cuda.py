@@ -24,6 +24,7 @@ from kernels.plan_layout import (
     PlanCapacity,
     WantedTasks,
 )
+from kernels.stagings import Stagings
 from kernels.step_plan import PlanSummary, StepPlanner
 
 # A task of MBGMV reads 8 KiB of weights at least, one of MBGMM is a thread block: enough loads in flight everywhere.
@@ -125,10 +126,8 @@ class CudaLoraOps(LoraOps):
         self._shape_table = torch.from_numpy(self._planner.shape.device_table()).to(device)
         with torch.cuda.device(device):
             self._kernels = LoraKernels(dtype, limits.max_rank)
-        # Two stagings: the plan of the next step is written while the copy of this one may not have run yet.
-        self._stagings = [torch.zeros(self._planner.capacity.plan_ints, dtype=torch.int32).pin_memory() for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # torch has no type for it
-        self._num_steps = self._num_uploads = 0
+        self._stagings = Stagings(self._planner.capacity.plan_ints, torch.int32, device)
+        self._num_steps = 0
         # What the device's plan was made of: while a batch decodes on unchanged, so does its plan.
         self._uploaded: tuple[_Step, PlanSummary] | None = None
         self._find_addresses()
@@ -170,13 +169,9 @@ class CudaLoraOps(LoraOps):
         return CudaLoraPlan(self._uploaded[1], launches, self._group_of)
 
     def _upload(self, step: _Step) -> PlanSummary:
-        turn = self._num_uploads % 2
-        self._num_uploads += 1
-        self._copied[turn].synchronize()  # of the upload before the last one: long done
-        staging = self._stagings[turn]
-        summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, step.launches)
-        self._buffers.plan[: summary.used_ints].copy_(staging[: summary.used_ints], non_blocking=True)
-        self._copied[turn].record()
+        with self._stagings.next() as staging:
+            summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, step.launches)
+            self._buffers.plan[: summary.used_ints].copy_(staging[: summary.used_ints], non_blocking=True)
         return summary
 
     def begin(self, plan: LoraPlan) -> None:

@@ -128,7 +128,7 @@ class _WindowCalls:
         self.prefill = wrappers.prefill()
 
     def plan(self, step: StepArrays) -> None:
-        """Copies the step's page tables to the device and plans both calls."""
+        """Copies the step's page tables to the device and plans the calls that it needs."""
         pages = ReadPages.of(step, self._page_tokens, self._window)
         n = step.num_decodes
         num_decode_pages = int(pages.indptr[n])
@@ -138,15 +138,16 @@ class _WindowCalls:
         num_ints = sum(map(len, arrays))
         if num_ints > self._staged.size:
             self._staged = StagedInts(2 * num_ints, self._device)
-        (indptr, last_page_lens, *of_prefill, indices), on_device = self._staged.send(*arrays)
-        if n:
-            self._wrappers.plan_decode(self.decode, indptr, last_page_lens, indices[:num_decode_pages])
-            # Where kernels read them; planning needs them on the host.
-            self.decode._paged_kv_indptr_buf, self.decode._paged_kv_last_page_len_buf = on_device[:2]
-            self.decode._paged_kv_indices_buf = on_device[-1]
-        if n < step.num_requests:
-            starts, indptr, last_page_lens = of_prefill
-            self._wrappers.plan_prefill(self.prefill, starts, indptr, last_page_lens, on_device[-1][num_decode_pages:])
+        with self._staged.sent(*arrays) as ((indptr, last_page_lens, *of_prefill, indices), on_device):
+            if n:
+                self._wrappers.plan_decode(self.decode, indptr, last_page_lens, indices[:num_decode_pages])
+                # Where kernels read them; planning needs them on the host.
+                self.decode._paged_kv_indptr_buf, self.decode._paged_kv_last_page_len_buf = on_device[:2]
+                self.decode._paged_kv_indices_buf = on_device[-1]
+            if n < step.num_requests:
+                starts, indptr, last_page_lens = of_prefill
+                # FlashInfer copies the first three once more.
+                self._wrappers.plan_prefill(self.prefill, starts, indptr, last_page_lens, on_device[-1][num_decode_pages:])
 
 
 def _decode_and_prompt() -> StepArrays:

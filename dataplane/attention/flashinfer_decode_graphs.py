@@ -60,8 +60,9 @@ class FlashInferDecodeGraphs(AttentionBackend):
         made = self._made[num_rows]
         for window, wrappers in self._wrappers.items():
             pages = ReadPages.of(step, self._page_tokens, window).padded(num_rows, self._padding_page)
-            (indptr, last_page_lens, indices), _ = self._staged[window].send(pages.indptr, pages.last_page_lens, pages.indices)
-            wrappers.plan_decode(made[window], indptr, last_page_lens, indices)
+            arrays = (pages.indptr, pages.last_page_lens, pages.indices)
+            with self._staged[window].sent(*arrays) as ((indptr, last_page_lens, indices), _):
+                wrappers.plan_decode(made[window], indptr, last_page_lens, indices)
         return DecodeGraphPlan(q, out, made)
 
     def attend(self, plan: AttentionPlan, pages: KvPages, sliding_window: int | None) -> None:

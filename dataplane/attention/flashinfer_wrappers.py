@@ -3,11 +3,14 @@
 Knows nothing of steps: it is given page tables in FlashInfer's own form.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from dataplane.attention.interface import AttentionShape
+from kernels.stagings import Stagings
 
 # Query heads per KV head for which the kernels without tensor cores exist and read K and V at least as fast.
 _CUDA_CORE_GROUPS = (1, 2)
@@ -23,27 +26,22 @@ _DECODE_TILES = ((16, 16), (64, 64), (128, 1 << 30))
 
 
 class PlanMemory:
-    """Where plans of wrappers lie of which only one lives at a time: on the device, and in two pinned stagings in turn.
+    """Where plans of wrappers lie of which only one lives at a time: on the device, and in stagings on the host.
 
-    A wrapper has one staging of its own and 8 MiB on each side; the next step's plan would have to wait for this one's copy.
+    A wrapper of its own has one staging and 8 MiB on each side; the next step's plan would have to wait for this one's copy.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
-        self._stagings = [torch.empty(_PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # torch has no type for it
-        self._turn = 0
+        self._stagings = Stagings(_PLAN_BYTES, torch.uint8, device)
 
-    def lend(self, wrapper: Any) -> None:
-        """Before a wrapper plans. FlashInfer's own setter would allocate another staging, hence its fields."""
-        self._turn = 1 - self._turn
-        self._copied[self._turn].synchronize()  # of the plan before the last one: long done
-        wrapper._int_workspace_buffer = self._on_device
-        wrapper._pin_memory_int_workspace_buffer = self._stagings[self._turn]
-
-    def sent(self) -> None:
-        """After it has planned, which starts the copy."""
-        self._copied[self._turn].record()
+    @contextmanager
+    def lent_to(self, wrapper: Any) -> Iterator[None]:
+        """For a wrapper that plans within. FlashInfer's own setter would allocate another staging, hence its fields."""
+        with self._stagings.next() as staging:
+            wrapper._int_workspace_buffer = self._on_device
+            wrapper._pin_memory_int_workspace_buffer = staging
+            yield
 
 
 class Workspace:
@@ -102,10 +100,9 @@ class WindowWrappers:
             num_requests = len(places[1])
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace.memory, "NHD", **options)
         steps = torch.arange(num_requests + 1, dtype=torch.int32)
-        self._decode_memory.lend(wrapper)
         # In full once, on pages that nobody reads; `plan_decode` relies on what it finds out.
-        wrapper.plan(steps, steps[:-1], torch.ones_like(steps[:-1]), *self._shape, **self._options)
-        self._decode_memory.sent()
+        with self._decode_memory.lent_to(wrapper):
+            wrapper.plan(steps, steps[:-1], torch.ones_like(steps[:-1]), *self._shape, **self._options)
         return wrapper
 
     def prefill(self) -> Any:
@@ -114,16 +111,14 @@ class WindowWrappers:
 
     def plan_decode(self, wrapper: Any, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor) -> None:
         """Plans a step from arrays in pinned memory; those on the device are the caller's to copy, or to set."""
-        self._decode_memory.lend(wrapper)
-        self._flashinfer.fast_decode_plan(
-            wrapper, indptr, indices, last_page_lens, *self._shape, **self._options, global_override_indptr_cpu=indptr
-        )
-        self._decode_memory.sent()
+        with self._decode_memory.lent_to(wrapper):
+            self._flashinfer.fast_decode_plan(
+                wrapper, indptr, indices, last_page_lens, *self._shape, **self._options, global_override_indptr_cpu=indptr
+            )
 
     def plan_prefill(
         self, wrapper: Any, query_starts: torch.Tensor, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor
     ) -> None:
         """Plans a step from arrays in pinned memory, except `indices`, which are on the device."""
-        self._prefill_memory.lend(wrapper)
-        wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)
-        self._prefill_memory.sent()
+        with self._prefill_memory.lent_to(wrapper):
+            wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)
