@@ -60,7 +60,7 @@ class StepArrays:
 class StepInputs:
     """A step as kernels read it. Rows past T are padding: token 0 at position 0, written to a slot that no request owns.
 
-    On CUDA the tensors lie at the same addresses in every step, so that a captured graph may read them.
+    The tensors lie at the same addresses in every step of as many rows, so that a captured graph may read them.
 
     host: the same step on the host.
     token_ids, positions: [P] int32, P >= T.

@@ -33,10 +33,6 @@ class LaunchedSamples:
         if self._copied is not None:
             self._copied.record()
 
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]  # torch has no type for it
-
     def wait(self) -> tuple[SampledToken, ...]:
         """Blocks until the tokens are chosen; one for each row."""
         if self._copied is not None:
@@ -57,18 +53,21 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
         self._truncate = truncation(device)
-        self._chosen = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self._chosen = torch.full((max_rows + 1,), -1, dtype=torch.int32, device=device)
 
     @property
     def chosen(self) -> torch.Tensor:
-        """[max_rows] int32, always the same memory: what the last launch chose in each of its rows, -1 where nothing can be."""
+        """[max_rows + 1] int32, always the same memory: what the last launch chose in each of its rows, -1 where nothing can be.
+
+        The last one is -1 always: where to look for what is not there.
+        """
         return self._chosen
 
     @torch.inference_mode()
     def launch(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> LaunchedSamples:
         """Starts choosing one token for each row. logits: [num_rows, vocab] float32, overwritten."""
         assert logits.shape == (len(rows), self._vocab_size), f"logits are {tuple(logits.shape)} for {len(rows)} rows"
-        assert len(rows) <= len(self._chosen), f"{len(rows)} rows, at most {len(self._chosen)}"
+        assert len(rows) < len(self._chosen), f"{len(rows)} rows, at most {len(self._chosen) - 1}"
         if not rows:
             return LaunchedSamples(self._chosen[:0], 0, (), None)
         asked = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]

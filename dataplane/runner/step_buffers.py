@@ -4,53 +4,49 @@ import numpy as np
 import torch
 
 from dataplane.model.step_inputs import Ints, StepArrays, StepInputs
+from kernels.stagings import Stagings
 
-# Rows of the buffers: token ids, positions, pages and offsets of slots, rows of logits.
-_NUM_FIELDS = 5
+# Rows of the buffers: token ids, positions, pages and offsets of slots, rows of logits, where unknown tokens are chosen.
+_NUM_FIELDS = 6
 
 
 class StepBuffers:
-    """The device's copy of the current step, and the tokens that the last one chose.
-
-    On CUDA, two pinned stagings: the next step is written while the copy of this one may not have run yet.
-    """
+    """The current step on the device, where the tokens are filled in that the host has not seen."""
 
     def __init__(self, max_rows: int, page_tokens: int, padding_page: int, device: torch.device) -> None:
         """max_rows: of the largest step, padding included. padding_page: a page that no request owns."""
         self._max_rows = max_rows
         self._page_tokens = page_tokens
-        self._padding = np.array([0, 0, padding_page, 0, 0], dtype=np.int32)
-        self._device = device
-        is_cuda = device.type == "cuda"
-        shape = (_NUM_FIELDS, max_rows)
-        self._stagings = [torch.zeros(shape, dtype=torch.int32, pin_memory=is_cuda) for _ in range(2)]
-        self._copied = [torch.cuda.Event() if is_cuda else None for _ in range(2)]  # type: ignore[no-untyped-call]  # torch has no type for it
+        self._padding = np.array([0, 0, padding_page, 0, 0, 0], dtype=np.int32)
+        self._stagings = Stagings(_NUM_FIELDS * max_rows, torch.int32, device)
         self._on_device = torch.zeros(_NUM_FIELDS * max_rows, dtype=torch.int32, device=device)
-        self._num_uploads = 0
 
     def upload(self, step: StepArrays, num_rows: int, chosen: torch.Tensor | None = None) -> StepInputs:
         """Starts the copy of a step, padded to num_rows, behind what the current stream has to do.
 
-        chosen: [max_num_seqs] int32, the tokens that the step before chose, on the device; None if the host knows them all.
+        chosen: [max_num_seqs + 1] int32 on the device, what the step before chose: -1 where no token could be, and at the end.
+            None if the host knows all tokens.
         """
         assert step.num_tokens <= num_rows <= self._max_rows, f"{step.num_tokens} tokens in {num_rows} of {self._max_rows} rows"
-        turn = self._num_uploads % 2
-        self._num_uploads += 1
-        copied = self._copied[turn]
-        if copied is not None:
-            copied.synchronize()  # of the upload before the last one: long done
+        unknown = np.flatnonzero(step.token_ids < 0)
         # Packed to what this step needs, so that little is copied; the addresses of a step of num_rows are always the same.
-        staging = self._stagings[turn].view(-1)[: _NUM_FIELDS * num_rows]
-        self._write(staging.numpy().reshape(_NUM_FIELDS, num_rows), step)
-        on_device = self._on_device[: len(staging)]
-        on_device.copy_(staging, non_blocking=True)
-        if copied is not None:
-            copied.record()
-        token_ids, positions, slot_pages, slot_offsets, logits_rows = on_device.view(_NUM_FIELDS, num_rows)
-        if chosen is not None:
-            # In place, so that the address stays; a row of which no token could be chosen (-1) computes something harmless.
-            sources = (-1 - token_ids).clamp_(min=0)
-            token_ids.copy_(torch.where(token_ids < 0, chosen.index_select(0, sources).clamp_(min=0), token_ids))
+        num_ints = _NUM_FIELDS * num_rows
+        on_device = self._on_device[:num_ints]
+        with self._stagings.next() as whole:
+            staging = whole[:num_ints]
+            rows = staging.numpy().reshape(_NUM_FIELDS, num_rows)
+            self._write(rows, step)
+            if len(unknown):
+                assert chosen is not None, f"{len(unknown)} tokens that nobody knows"
+                rows[0, unknown] = 0
+                rows[5] = len(chosen) - 1
+                rows[5, unknown] = -1 - step.token_ids[unknown]
+            on_device.copy_(staging, non_blocking=True)
+        token_ids, positions, slot_pages, slot_offsets, logits_rows, sources = on_device.view(_NUM_FIELDS, num_rows)
+        if chosen is not None and len(unknown):
+            # Of 0 and a token it is the token, of a known one and -1 the known one, and where none could be chosen it is 0, which
+            # is harmless. In place, so that the address stays.
+            torch.maximum(token_ids, chosen.index_select(0, sources), out=token_ids)
         return StepInputs(step, token_ids, positions, slot_pages, slot_offsets, logits_rows[: len(step.logits_rows)])
 
     def _write(self, rows: Ints, step: StepArrays) -> None:

@@ -356,22 +356,21 @@ def test_a_launch_keeps_its_results_when_others_follow(device: torch.device) -> 
     launched = [sampler.launch(logits.clone().to(device), rows[: len(logits)]) for logits in batches]
     for logits, step in zip(batches, launched, strict=True):
         tokens = step.wait()
-        assert step.is_done()
         assert tokens == sample(logits, rows[: len(logits)], device)
     assert sampler.chosen.data_ptr() == at
-    assert sampler.chosen.tolist() == [token.token_id for token in tokens]
+    assert sampler.chosen.tolist() == [*(token.token_id for token in tokens), -1]
 
 
 def test_chosen_is_what_was_chosen_and_rows_without_a_token_hold_minus_one(device: torch.device) -> None:
     sampler = Sampler(3, (), 5, device)
-    assert sampler.chosen.tolist() == [-1] * 5
+    assert sampler.chosen.tolist() == [-1] * 6
     logits = torch.tensor([[0.0, 1.0, 0.0], [math.nan, 1.0, 0.0], [2.0, 0.0, 0.0], [-math.inf] * 3, [0.0, math.inf, 0.0]])
     rows = [_row(), _row(), _row(temperature=1.0, top_k=1), _row(temperature=1.0), _row(num_logprobs=1)]
     sampler.launch(logits.to(device), rows)
-    assert sampler.chosen.tolist() == [1, -1, 0, -1, -1]
+    assert sampler.chosen.tolist() == [1, -1, 0, -1, -1, -1], "one more than rows, that is never chosen"
     assert sampler.chosen.dtype == torch.int32
     sampler.launch(torch.tensor([[0.0, 0.0, 1.0]]).to(device), [_row()])
-    assert sampler.chosen.tolist() == [2, -1, 0, -1, -1], "a launch of fewer rows writes only these"
+    assert sampler.chosen.tolist() == [2, -1, 0, -1, -1, -1], "a launch of fewer rows writes only these"
 
 
 def test_a_request_whose_last_token_could_not_be_chosen_harms_no_other(device: torch.device) -> None:

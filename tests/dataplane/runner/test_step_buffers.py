@@ -40,9 +40,17 @@ def test_rows_past_the_step_are_token_0_in_the_padding_page(device: str) -> None
 @pytest.mark.parametrize("device", DEVICES)
 def test_unknown_tokens_are_those_that_the_last_step_chose(device: str) -> None:
     buffers = StepBuffers(MAX_ROWS, PAGE_TOKENS, PADDING_PAGE, torch.device(device))
-    chosen = torch.tensor([70, -1, 72], dtype=torch.int32, device=device)
-    inputs = buffers.upload(_step([-3, 6, -1, -2], [0] * 4, [0] * 4, []), 6, chosen)
-    assert inputs.token_ids.tolist() == [72, 6, 70, 0, 0, 0], "where nothing could be chosen, anything may be computed"
+    chosen = torch.tensor([70, -1, 72, -1], dtype=torch.int32, device=device)
+    inputs = buffers.upload(_step([-3, 6, -1, -2, 0], [0] * 5, [0] * 5, []), 7, chosen)
+    assert inputs.token_ids.tolist() == [72, 6, 70, 0, 0, 0, 0], "where nothing could be chosen, anything may be computed"
+    inputs = buffers.upload(_step([6, 5], [0] * 2, [0] * 2, []), 7, chosen)
+    assert inputs.token_ids.tolist() == [6, 5, 0, 0, 0, 0, 0]
+
+
+def test_a_token_that_nobody_knows_is_refused() -> None:
+    buffers = StepBuffers(MAX_ROWS, PAGE_TOKENS, PADDING_PAGE, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="2 tokens that nobody knows"):
+        buffers.upload(_step([-3, 6, -1], [0] * 3, [0] * 3, []), 6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -50,7 +58,7 @@ def test_steps_of_one_size_lie_at_one_address(device: str) -> None:
     buffers = StepBuffers(MAX_ROWS, PAGE_TOKENS, PADDING_PAGE, torch.device(device))
 
     def addresses(num_rows: int) -> list[int]:
-        inputs = buffers.upload(_step([1], [0], [0], [0]), num_rows, torch.zeros(4, dtype=torch.int32, device=device))
+        inputs = buffers.upload(_step([-1], [0], [0], [0]), num_rows, torch.zeros(4, dtype=torch.int32, device=device))
         fields = (inputs.token_ids, inputs.positions, inputs.slot_pages, inputs.slot_offsets, inputs.logits_rows)
         return [field.data_ptr() for field in fields]
 
