@@ -159,26 +159,26 @@ def _allocate_pool(geometry: BaseGeometry, num_pages: int, device: torch.device)
 def _lora_ops(config: DataPlaneConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, parts: Parts) -> LoraOps:
     groups = lora_groups(model)
     limits = LoraLimits(config.token_budget, config.max_num_seqs, config.max_lora_rank)
-    reason = why_torch(groups, dtype, device)
-    if device.type == "cuda" and reason is not None:
-        _log.warning("LoRA runs on plain torch, which is slow: %s", reason)
+    _warn_of_torch("LoRA runs", why_torch(groups, dtype, device), device)
     return parts.lora_ops(groups, dtype, device, limits)
 
 
 def _attention(model: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     windows = frozenset(model.layer_windows)
     shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, page_tokens, windows)
-    reason = why_no_flashinfer(model.head_dim, dtype, device)
-    if device.type == "cuda" and reason is not None:
-        _log.warning("attention runs on plain torch, which is slow: %s", reason)
+    _warn_of_torch("attention runs", why_no_flashinfer(model.head_dim, dtype, device), device)
     return attention_backend(shape, dtype, device)
 
 
 def _layer_ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> LayerOps:
-    reason = why_torch_layer_ops(model, dtype, device)
-    if device.type == "cuda" and reason is not None:
-        _log.warning("norms, rotary positions and SwiGLU run on plain torch, which is slow: %s", reason)
+    _warn_of_torch("norms, rotary positions and SwiGLU run", why_torch_layer_ops(model, dtype, device), device)
     return layer_ops(model, dtype, device)
+
+
+def _warn_of_torch(what: str, reason: str | None, device: torch.device) -> None:
+    """On the CPU there is nothing else, so it is no news there."""
+    if device.type == "cuda" and reason is not None:
+        _log.warning("%s on plain torch, which is slow: %s", what, reason)
 
 
 def _device(config: DataPlaneConfig) -> torch.device:

@@ -101,12 +101,15 @@ class Decoder:
         lora_plan = self.lora.plan(inputs.host.adapter_index, inputs.host.adapters)
         lora = LoraStep.as_needed(self.lora, self.lora_groups, lora_plan)
         plan = self.attention.plan(inputs, activations.q, activations.out)
-        step = DecoderStep(inputs, self.pools(pool), activations, lora, self.attention, plan)
+        return self.run(DecoderStep(inputs, self.pools(pool), activations, lora, self.attention, plan))
+
+    def run(self, step: DecoderStep, out: torch.Tensor | None = None) -> torch.Tensor:
+        """All parts of a step. out: where its logits go, if not to memory of their own."""
         self.start(step)
         for layer in range(self.config.num_layers):
             self.attend(step, layer)
             self.proceed(step, layer)
-        return self.logits(step)
+        return self.logits(step, out)
 
     def allocate(self, num_rows: int) -> Activations:
         """Activations of a step of so many rows."""

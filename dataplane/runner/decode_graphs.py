@@ -1,7 +1,7 @@
 """Steps of decodes alone as one CUDA graph each: by padded number of rows, by scope of LoRA and by what that launches."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -35,6 +35,7 @@ class DecodeGraphs:
     ) -> None:
         """sizes: numbers of rows, ascending. activations: room for the last of them."""
         self.sizes = sizes
+        self._decoder = decoder
         self._recorder = recorder
         max_rows, num_pages = sizes[-1], pool.shape[1]
         # No page belongs to two requests, so together they read no more pages than there are.
@@ -62,21 +63,21 @@ class DecodeGraphs:
 
     def launch(self, step: DecoderStep) -> None:
         """The launches of a step, those that its graph holds."""
-        decoder, num_rows = self._steps.decoder, len(step.activations.hidden)
-        with _blas_for(num_rows):
-            decoder.start(step)
-            for layer in range(decoder.config.num_layers):
-                decoder.attend(step, layer)
-                decoder.proceed(step, layer)
-            decoder.logits(step, out=self._logits[:num_rows])
+        num_rows = len(step.activations.hidden)
+        with _cublaslt() if num_rows <= _MAX_LT_ROWS else nullcontext():
+            self._decoder.run(step, out=self._logits[:num_rows])
 
 
 @contextmanager
-def _blas_for(num_rows: int) -> Iterator[None]:
-    """The library that torch multiplies with, for a while: up to some rows cuBLASLt finds faster kernels than cuBLAS does."""
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library("cublaslt" if num_rows <= _MAX_LT_ROWS else before)
+def _cublaslt() -> Iterator[None]:
+    """Lets torch multiply with cuBLASLt, which finds faster kernels for few rows than cuBLAS does.
+
+    torch calls this choice experimental, once, in a line on stderr. That is no Python warning, so no filter can hold it back.
+    """
+    choose = torch.backends.cuda.preferred_blas_library
+    before = choose()
+    choose("cublaslt")
     try:
         yield
     finally:
-        torch.backends.cuda.preferred_blas_library(before)
+        choose(before)

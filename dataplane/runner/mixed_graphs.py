@@ -44,7 +44,7 @@ class MixedGraphs:
         for size in reversed(self.sizes):
             inputs = buffers.upload(idle, size)
             # Loads the kernels of this size, which a capture must not.
-            self.launch(self._steps.make(inputs, LoraScope.ALL, LoraLaunches.MIXED))
+            self._decoder.run(self._steps.make(inputs, LoraScope.ALL, LoraLaunches.MIXED))
             for scope in LoraScope:
                 step = self._steps.make(inputs, scope, LoraLaunches.MIXED)
                 self._chains[size, scope] = _Chain(step, self._pieces(step))
@@ -58,14 +58,6 @@ class MixedGraphs:
         for layer, piece in enumerate(chain.pieces[1:]):
             self._decoder.attend(step, layer)
             piece.replay()
-        return self._decoder.logits(step)
-
-    def launch(self, step: DecoderStep) -> torch.Tensor:
-        """The launches of a step, those that its chain holds and those between."""
-        self._decoder.start(step)
-        for layer in range(self._decoder.config.num_layers):
-            self._decoder.attend(step, layer)
-            self._decoder.proceed(step, layer)
         return self._decoder.logits(step)
 
     def _pieces(self, step: DecoderStep) -> tuple[torch.cuda.CUDAGraph, ...]:

@@ -22,15 +22,14 @@ class PaddedSteps:
         attention: AttentionBackend,
     ) -> None:
         """sizes: numbers of rows, ascending. activations: room for the last of them."""
-        self.sizes = sizes
-        self.decoder = decoder
+        self._decoder = decoder
         self._attention = attention
         self._pools = decoder.pools(pool)
         self._activations = {size: activations.first(decoder.config, size) for size in sizes}
 
     def make(self, inputs: StepInputs, scope: LoraScope, launches: LoraLaunches) -> DecoderStep:
         """A step of these rows whose launches serve every step of as many rows, of that scope, for which these are enough."""
-        decoder, activations = self.decoder, self._activations[len(inputs.token_ids)]
+        decoder, activations = self._decoder, self._activations[len(inputs.token_ids)]
         lora_plan = decoder.lora.plan([], [], launches)
         lora = LoraStep(decoder.lora, decoder.lora_groups, lora_plan, scope.value)
         plan = self._attention.plan(inputs, activations.q, activations.out)
@@ -38,7 +37,7 @@ class PaddedSteps:
 
     def plan(self, inputs: StepInputs) -> tuple[LoraScope, LoraLaunches, AttentionPlan]:
         """Brings to the device what a captured step of these rows will read. Returns the scope and the launches it must have."""
-        host, decoder = inputs.host, self.decoder
+        host, decoder = inputs.host, self._decoder
         scope, launches = LoraScope.NONE, LoraLaunches.DECODE
         if host.adapters:
             lora_plan = decoder.lora.plan(host.adapter_index, host.adapters, LoraLaunches.MIXED)
