@@ -230,7 +230,7 @@ class Engine:
         # Before the model runs, so that these copies overlap it. One page for each request stays free: its next.
         self._residency.advance_prefetch(num_reserved_pages=len(self._standing))
         if not packed.chunks:
-            return self._take_in_launched() or self._residency.wait_for_copies()
+            return self._take_in_launched() or self._residency.wait_for_copy()
         launched = self._runner.launch(packed.chunks)
         for chunk in packed.chunks:
             chunk.request.launch(chunk.num_scheduled_tokens)

@@ -26,15 +26,16 @@ class AdapterCopy(Protocol):
         ...
 
     def is_done(self) -> bool:
-        """Whether the pages hold the weights."""
+        """Whether what is launched from now on finds the weights in the pages."""
         ...
 
     def wait(self) -> None:
-        """Blocks until they do: at most the milliseconds of one copy."""
+        """Blocks until it does: at most the milliseconds of one copy."""
         ...
 
-    def abandon(self) -> None:
-        """Nobody will use it: its pages may be given away at once. What is written there later comes after it."""
+    def join(self) -> None:
+        """Makes it done, for the device waits for it: what is launched from now on, be it to read the pages or to write something
+        else there, comes after it."""
         ...
 
 
@@ -62,29 +63,31 @@ class CopyOnItsWay:
 class TensorCopy:
     """A copy into the pool tensor. Holds what the device reads until it has read it."""
 
-    def __init__(self, adapter: LoraAdapter, on_its_way: CopyOnItsWay | None, abandoned: list[CopyOnItsWay]) -> None:
-        """on_its_way: None if it is done already. abandoned: where it is held when nobody wants it any more."""
+    def __init__(self, adapter: LoraAdapter, on_its_way: CopyOnItsWay | None, joined: list[CopyOnItsWay]) -> None:
+        """on_its_way: None if it is done already. joined: where it is held when it is nobody's but the device's."""
         self.adapter = adapter
         self._on_its_way = on_its_way
-        self._abandoned = abandoned
+        self._joined = joined
 
     def is_done(self) -> bool:
-        """Whether the pages hold the weights."""
+        """Whether the pages hold the weights, or it was joined."""
         if self._on_its_way is not None and self._on_its_way.is_done():
             self._on_its_way = None
         return self._on_its_way is None
 
     def wait(self) -> None:
-        """Blocks until the pages hold the weights."""
+        """Blocks until the pages hold the weights, unless it was joined."""
         if self._on_its_way is not None:
             self._on_its_way.done.synchronize()
             self._on_its_way = None
 
-    def abandon(self) -> None:
-        """Lets the compute stream wait for it, so that what is launched from now on writes the pages after it."""
+    def join(self) -> None:
+        """Lets the compute stream wait for it."""
         if self._on_its_way is not None:
             self._on_its_way.done.wait()
-            self._abandoned.append(self._on_its_way)
+            # The device may be far from done, and whoever has this may drop it at once.
+            self._joined.append(self._on_its_way)
+            self._on_its_way = None
 
 
 class TensorCopier:
@@ -98,15 +101,15 @@ class TensorCopier:
         self._pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._pages = PageCopier(pool) if pool.is_cuda else None
-        self._abandoned: list[CopyOnItsWay] = []
+        self._joined: list[CopyOnItsWay] = []
 
     def start(self, image: AdapterImage, pages: Sequence[int]) -> TensorCopy:
         """Starts copying page i of the image into pages[i], in every layer, for when the steps launched by now are done."""
         if self._stream is None or self._pages is None:
             for i, length in page_runs(pages):
                 self._pool[:, pages[i] : pages[i] + length].copy_(image.pages[:, i : i + length])
-            return TensorCopy(_adapter(image, torch.from_numpy(row_table(image, pages))), None, self._abandoned)
-        self._abandoned[:] = [copy for copy in self._abandoned if not copy.is_done()]
+            return TensorCopy(_adapter(image, torch.from_numpy(row_table(image, pages))), None, self._joined)
+        self._joined[:] = [copy for copy in self._joined if not copy.is_done()]
         # A step on its way may still read the pages, as KV or as another adapter, and the memory that the table gets: torch gives
         # it out again on this stream as soon as the adapter that had it is dropped, and every write here comes after this.
         self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
@@ -115,7 +118,7 @@ class TensorCopier:
             staging = torch.from_numpy(row_table(image, pages)).pin_memory()
             table = staging.to(self._pool.device, non_blocking=True)
             done = self._stream.record_event()
-        return TensorCopy(_adapter(image, table), CopyOnItsWay(done, (image, staging)), self._abandoned)
+        return TensorCopy(_adapter(image, table), CopyOnItsWay(done, (image, staging)), self._joined)
 
 
 def row_table(image: AdapterImage, pages: Sequence[int]) -> NDArray[np.int64]:

@@ -116,7 +116,7 @@ class FakeCopy:
             self._write()
         self._is_done = True
 
-    def abandon(self) -> None:
+    def join(self) -> None:
         self.wait()
 
 

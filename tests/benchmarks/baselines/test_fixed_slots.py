@@ -81,10 +81,8 @@ class World:
     def prepare(self, digest: str) -> Readiness:
         """As the engine does each step."""
         self.complete_fetches()
-        readiness = self.adapters.prepare(digest, may_allocate=True)
-        if self.adapters.poll_copies():
-            readiness = self.adapters.prepare(digest, may_allocate=True)
-        return readiness
+        self.adapters.poll_copies()
+        return self.adapters.prepare(digest, may_allocate=True)
 
     def complete_fetches(self) -> list[str | None]:
         fetched, self._fetched = self._fetched, []

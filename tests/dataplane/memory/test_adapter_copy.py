@@ -1,5 +1,6 @@
 """An image copied into scattered pages: the row table must find every row again, and nobody else may notice the copy."""
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -122,19 +123,38 @@ def test_a_copy_waits_for_the_steps_before_it_and_nobody_waits_for_the_copy() ->
 
 
 @pytest.mark.gpu
-def test_pages_of_an_abandoned_copy_hold_what_is_written_next() -> None:
+def test_pages_of_a_joined_copy_hold_what_is_written_next() -> None:
     pool, image = _pool(40), _image({"q_proj": 9}, 0)
     copier, pages = TensorCopier(pool), range(3, 3 + image.num_pages)
     other = _image({"q_proj": 9}, 1)
     _busy()
-    copier.start(image, pages).abandon()
+    copier.start(image, pages).join()
     pool[:, pages.start : pages.stop].fill_(5)
     torch.cuda.synchronize()
     assert bool((pool[:, pages.start : pages.stop] == 5).all())
     _busy()
-    copier.start(image, pages).abandon()
+    copier.start(image, pages).join()
     copier.start(other, pages).wait()
     assert _holds(pool, pages, other)
+
+
+@pytest.mark.gpu
+def test_what_is_launched_after_a_join_finds_the_weights_and_their_source_is_held_until_then() -> None:
+    pool, image = _pool(40), _image({"q_proj": 9}, 0)
+    copier, pages = TensorCopier(pool), range(3, 3 + image.num_pages)
+    pinned = AdapterImage(image.digest, image.header, image.pages.pin_memory())
+    source = weakref.ref(pinned)
+    _busy()
+    copy = copier.start(pinned, pages)
+    copy.join()
+    assert copy.is_done()
+    read = pool[:, pages.start : pages.stop].clone()
+    del copy, pinned
+    assert source() is not None, "the device has not read it yet"
+    torch.cuda.synchronize()
+    assert torch.equal(read.cpu(), image.pages)
+    copier.start(image, pages).wait()
+    assert source() is None
 
 
 @pytest.mark.gpu

@@ -270,15 +270,55 @@ def test_an_image_evicted_from_the_host_is_gone_when_nobody_holds_it(make_world:
     assert ("a", AdapterPlace.NONE) in [(e.digest, e.place) for e in world.residency.take_events()]
 
 
-def test_an_adapter_is_not_ready_before_its_copy_is_done(make_world: MakeWorld) -> None:
+def test_an_adapter_is_not_ready_before_its_copy_is_done(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataplane.memory.residency.MAX_JOINED_BYTES", 0)
     world = make_world(10, num_copy_polls=2)
     world.residency.acquire("x")
     world.settle()
     assert world.residency.prepare("x", may_allocate=True) is Readiness.LOADING
-    assert not world.residency.poll_copies()
+    world.residency.poll_copies()
     assert world.residency.prepare("x", may_allocate=True) is Readiness.LOADING
-    assert world.residency.wait_for_copies()
+    assert world.residency.wait_for_copy()
+    world.residency.poll_copies()
     assert world.residency.prepare("x", may_allocate=True) is Readiness.READY
+
+
+def test_a_short_copy_that_a_request_waits_for_is_joined_by_the_next_step(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(20, num_copy_polls=100)
+    world.prefetch("ahead")
+    for digest in ("xxx", "yyyy"):
+        world.residency.acquire(digest)
+        world.settle()
+        assert world.residency.prepare(digest, may_allocate=True) is Readiness.LOADING
+    monkeypatch.setattr("dataplane.memory.residency.MAX_JOINED_BYTES", 4 * len("ahead" + "xxx"))
+    world.residency.poll_copies()
+    assert world.on_device() == {"xxx"}, "nobody waits for what was there first, and what came last is too far behind"
+    world.residency.acquire("ahead")
+    world.residency.poll_copies()
+    assert world.on_device() == {"ahead", "xxx"}
+
+
+def test_when_there_is_nothing_else_to_do_the_first_copy_is_waited_for_and_no_other(make_world: MakeWorld) -> None:
+    world = make_world(20, num_copy_polls=100)
+    world.prefetch("aa", "bb")
+    assert world.residency.wait_for_copy()
+    world.residency.poll_copies()
+    assert world.on_device() == {"aa"}
+    world.residency.wait_for_copy()
+    world.residency.poll_copies()
+    assert world.on_device() == {"aa", "bb"}
+    assert not world.residency.wait_for_copy()
+
+
+def test_what_is_in_host_memory_goes_to_the_device_at_once(make_world: MakeWorld) -> None:
+    world = make_world(4)
+    world.use("aa", "bbb")
+    assert world.place("aa") is AdapterPlace.HOST
+    world.residency.acquire("aa")
+    assert world.residency.prepare("aa", may_allocate=True) is Readiness.READY, "without a word from another thread"
+    assert world.host.num_fetches == 2
 
 
 def test_a_copy_that_nobody_waits_for_any_more_can_be_evicted(make_world: MakeWorld) -> None:
@@ -289,7 +329,7 @@ def test_a_copy_that_nobody_waits_for_any_more_can_be_evicted(make_world: MakeWo
     world.residency.release("aa")
     assert world.residency.reclaim(2)
     assert world.pool.num_free == 2
-    assert not world.residency.poll_copies()
+    assert not world.residency.wait_for_copy()
 
 
 def test_what_is_still_being_copied_is_evicted_after_what_is_there(make_world: MakeWorld) -> None:
@@ -305,7 +345,8 @@ def test_what_is_still_being_copied_is_evicted_after_what_is_there(make_world: M
     assert world.residency.reclaim(3)
     assert (world.place("aa"), world.place("bb")) == (AdapterPlace.HOST, AdapterPlace.HOST)
     assert world.residency.num_idle_pages == 2
-    assert world.residency.wait_for_copies()
+    assert world.residency.wait_for_copy()
+    world.residency.poll_copies()
     assert world.on_device() == {"bb"}
 
 
