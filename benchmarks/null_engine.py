@@ -238,9 +238,9 @@ class NullEngine:
 
     def _make_ready(self, held: _Held, may_allocate: bool) -> bool:
         digest = held.admitted.adapter_digest
-        held.steps_waited += 1
         if digest not in self.on_device:
             if self.loading.get(digest) != 0 or not may_allocate or not self._reclaim(self.config.adapter_pages):
+                held.steps_waited += 1
                 return False
             self._activate(digest)
         self.on_device[digest] = self.on_device.pop(digest)

@@ -244,7 +244,8 @@ class Engine:
     def _pack(self, now: float) -> PackedStep:
         packed = self._packer.pack(self._standing.values())
         for request in packed.ready:
-            self._draft.adapter_ready(request.request_key, now - request.admitted_at)
+            wait_s = now - request.admitted_at if request.has_waited_for_adapter else 0.0
+            self._draft.adapter_ready(request.request_key, wait_s)
         return packed
 
     def _take_in_launched(self) -> bool:

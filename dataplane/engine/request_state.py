@@ -31,6 +31,7 @@ class RequestState:
         "_tokens",
         "adapter_digest",
         "admitted_at",
+        "has_waited_for_adapter",
         "is_adapter_ready",
         "max_num_tokens",
         "num_computed_tokens",
@@ -53,6 +54,7 @@ class RequestState:
         self.num_unknown_tokens = 0
         self.admitted_at = admitted_at
         self.is_adapter_ready = not admitted.adapter_digest
+        self.has_waited_for_adapter = False
         self.owner = PageOwner(PageKind.KV, admitted.request_key)
         self._tokens = IntArray(admitted.token_ids)
         self._pages = IntArray()

@@ -104,7 +104,9 @@ class StepPacker:
         if not request.adapter_digest:
             return Readiness.READY
         readiness = self._adapters.prepare(request.adapter_digest, may_allocate)
-        if readiness is Readiness.READY and not request.is_adapter_ready:
+        if readiness is not Readiness.READY:
+            request.has_waited_for_adapter = True
+        elif not request.is_adapter_ready:
             request.is_adapter_ready = True
             ready.append(request)
         return readiness

@@ -767,7 +767,7 @@ class AdapterReady(_message.Message):
     """Which request."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """From admission to readiness."""
+        """From admission to readiness; zero if no step left it out for its adapter."""
 
     def __init__(
         self,

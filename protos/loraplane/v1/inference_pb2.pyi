@@ -261,7 +261,9 @@ class SamplingParams(_message.Message):
     """How many independent choices to generate, 1 to 16. 1 when unset."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generation stops before any of these texts, even across token boundaries. At most 16, each 1 to 256 characters."""
+        """Generation stops before any of these texts, even across token boundaries. At most 16, each 1 to 256 characters; none if the
+        model has no tokenizer.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -453,7 +455,7 @@ class Started(_message.Message):
 
     @_builtins.property
     def adapter_wait_time(self) -> _duration_pb2.Duration:
-        """The part of the time since admission spent waiting for the adapter's weights."""
+        """The part of the time since admission spent waiting for the adapter's weights; zero if they were on the device."""
 
     def __init__(
         self,
@@ -486,7 +488,9 @@ class Chunk(_message.Message):
     choice_index: _builtins.int
     """Which of the n choices."""
     text: _builtins.str
-    """The new text. Text that may still become part of a stop string or of a character is held back to a later Chunk."""
+    """The new text; empty if the model has no tokenizer. Text that may still become part of a stop string or of a character is
+    held back to a later Chunk.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The new tokens."""
@@ -553,7 +557,9 @@ class TopLogprob(_message.Message):
     logprob: _builtins.float
     """Natural logarithm of its probability."""
     text: _builtins.str
-    """The token's text on its own; may hold a replacement character where the token is part of one."""
+    """The token's text on its own; may hold a replacement character where the token is part of one. Empty if the model has no
+    tokenizer.
+    """
     def __init__(
         self,
         *,
@@ -662,7 +668,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def adapter_wait_time(self) -> _duration_pb2.Duration:
-        """Waiting for the adapter's weights after admission."""
+        """Waiting for the adapter's weights after admission; zero if they were on the device."""
 
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:

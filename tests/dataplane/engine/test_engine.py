@@ -133,6 +133,19 @@ def test_an_adapter_on_its_way_delays_only_its_own_requests(make_world: MakeWorl
     assert [(r.request_key, r.wait_s) for r in ready] == [(1, 2.5)]
 
 
+def test_who_finds_the_adapter_on_the_device_has_waited_for_nothing(make_world: MakeWorld, admit: Admit) -> None:
+    world = make_world()
+    world.update(admit=[admit(1, [1, 2], 3, "x")])
+    world.run_until_idle()
+    world.sink.capacity = len(world.sink.reports)
+    world.update(admit=[admit(2, [1, 2], 3, "x")])
+    world.turn()
+    world.clock.now = 2.5
+    world.sink.capacity = 10_000
+    reports = world.run_until_idle()
+    assert [(r.request_key, r.wait_s) for report in reports for r in report.adapter_ready] == [(2, 0.0)]
+
+
 def test_copies_that_take_time_are_joined_before_use(make_world: MakeWorld, admit: Admit, expect: Expect) -> None:
     world = make_world(num_copy_polls=3)
     world.update(admit=[admit(1, [1, 2], 3, "x"), admit(2, [4], 8), admit(3, [1], 3, "y")])
