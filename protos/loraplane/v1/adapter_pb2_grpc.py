@@ -195,8 +195,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PreloadAdapter(self, request, context):
-        """Asks the data planes to bring an adapter to the device ahead of its first request. Returns at once; Get and Watch report
-        where it lies.
+        """Asks the data planes to bring an adapter to the device ahead of its first request, whether or not they have pages to spare;
+        while they have, they bring in what is registered by themselves. Returns at once; Get and Watch report where it lies.
 
         Errors:
         NOT_FOUND            no such adapter.

@@ -104,8 +104,8 @@ class AdapterServiceStub:
       NOT_FOUND            no such adapter.
     """
     PreloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PreloadAdapterRequest, _adapter_pb2.PreloadAdapterResponse]
-    """Asks the data planes to bring an adapter to the device ahead of its first request. Returns at once; Get and Watch report
-    where it lies.
+    """Asks the data planes to bring an adapter to the device ahead of its first request, whether or not they have pages to spare;
+    while they have, they bring in what is registered by themselves. Returns at once; Get and Watch report where it lies.
 
     Errors:
       NOT_FOUND            no such adapter.
@@ -196,8 +196,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
       NOT_FOUND            no such adapter.
     """
     PreloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PreloadAdapterRequest, _adapter_pb2.PreloadAdapterResponse]  # type: ignore[assignment]
-    """Asks the data planes to bring an adapter to the device ahead of its first request. Returns at once; Get and Watch report
-    where it lies.
+    """Asks the data planes to bring an adapter to the device ahead of its first request, whether or not they have pages to spare;
+    while they have, they bring in what is registered by themselves. Returns at once; Get and Watch report where it lies.
 
     Errors:
       NOT_FOUND            no such adapter.
@@ -339,8 +339,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.PreloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.PreloadAdapterResponse, _abc.Awaitable[_adapter_pb2.PreloadAdapterResponse]]:
-        """Asks the data planes to bring an adapter to the device ahead of its first request. Returns at once; Get and Watch report
-        where it lies.
+        """Asks the data planes to bring an adapter to the device ahead of its first request, whether or not they have pages to spare;
+        while they have, they bring in what is registered by themselves. Returns at once; Get and Watch report where it lies.
 
         Errors:
           NOT_FOUND            no such adapter.
