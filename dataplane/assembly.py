@@ -1,5 +1,6 @@
 """Builds a data plane from its configuration: model, pool, residency and engine, wired together. Serves nothing yet."""
 
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from dataplane.engine.inbox import Inbox
 from dataplane.errors import DataPlaneError
 from dataplane.loading import BaseModel, LoadedModel, load_model, read_base_model
 from dataplane.memory.adapter_copy import TensorCopier
+from dataplane.memory.residency import MAX_FETCHES_AHEAD
 from dataplane.model.weights import Progress
 from dataplane.parts import Parts
 from protos.loraplane.v1 import data_plane_pb2 as pb
 
-# Threads that read adapters from the store.
-NUM_FETCH_WORKERS = 4
+# Threads that read adapters from the store, each of them busy with hashing. Half of the cores are left to the rest; with fewer
+# than MAX_FETCHES_AHEAD, what a request waits for would queue behind what it does not.
+NUM_FETCH_WORKERS = max(MAX_FETCHES_AHEAD, min(8, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from dataplane.memory.page_pool import PageKind, PagePool
 from kernels.lora import LoraAdapter
 from protos.planes import AdapterEvent
 
-# Reads of the store at once that no admitted request waits for.
-MAX_PREFETCH_FETCHES = 4
-# Copies on their way past which none is started that no request waits for: one that a request waits for queues behind them.
+# Reads of the store and copies on their way past which none is begun that no request waits for: one that a request waits for
+# queues behind them.
+MAX_FETCHES_AHEAD = 4
 MAX_COPIES_AHEAD = 8
 # Requests need not wait a step for copies of so many bytes: 1.3 ms at 50 GB/s, which pass while the step on its way computes.
 MAX_JOINED_BYTES = 64 << 20
@@ -44,6 +44,7 @@ class Residency:
         self._clock = clock
         self._entries: dict[str, AdapterEntry] = {}
         self._idle = IdleAdapters()
+        self._fetching: set[str] = set()
         # In the order in which the device copies them.
         self._copying: dict[str, AdapterEntry] = {}
         self._prefetch: tuple[str, ...] = ()
@@ -120,20 +121,18 @@ class Residency:
         """Fetches what is wanted soon, and copies it to the device where that leaves the reserved pages free.
 
         Evicts only what is idle and not wanted itself. After the first that finds no room nothing is copied, for it is wanted
-        soonest; the rest is still fetched. No more than MAX_COPIES_AHEAD copies are on their way after this.
+        soonest; the rest is still fetched. Neither is begun while too many are on their way, for whomever.
         """
-        num_fetching = 0
         has_room = True
         for digest in chain(self._prefetch, self._pinned):
             entry = self._entries.get(digest)
-            if entry is None and digest not in self._prefetched and num_fetching < MAX_PREFETCH_FETCHES:
+            if entry is None and digest not in self._prefetched and len(self._fetching) < MAX_FETCHES_AHEAD:
                 entry = self._entries.setdefault(digest, AdapterEntry(digest))
                 self._prefetched.add(digest)
                 self._fetch(entry)
-            if entry is None:
+            if entry is None or entry.state is not AdapterState.HOST:
                 continue
-            num_fetching += entry.state is AdapterState.FETCHING
-            if entry.state is AdapterState.HOST and has_room and len(self._copying) < MAX_COPIES_AHEAD:
+            if has_room and len(self._copying) < MAX_COPIES_AHEAD:
                 image = entry.image or self._host.get(digest)
                 has_room = image is None or self._activate_ahead(entry, image, num_reserved_pages)
 
@@ -142,6 +141,7 @@ class Residency:
         entry = self._entries.get(digest)
         if entry is None or entry.state is not AdapterState.FETCHING:
             return None
+        self._fetching.remove(digest)
         if isinstance(result, AdapterImage):
             error = self._misfit(result)
             entry.size_bytes = result.size_bytes
@@ -208,6 +208,8 @@ class Residency:
         counted = {entry.digest for entry in self._idle}
         assert idle == counted, f"idle adapters are {idle}, counted {counted}"
         self._idle.check_integrity()
+        fetching = {digest for digest, entry in self._entries.items() if entry.state is AdapterState.FETCHING}
+        assert fetching == self._fetching, f"adapters being fetched are {fetching}, counted {self._fetching}"
         for digest, entry in self._entries.items():
             on_device = entry.state in (AdapterState.COPYING, AdapterState.DEVICE)
             assert on_device == bool(entry.pages), f"adapter {digest} is {entry.state.name} with {len(entry.pages)} pages"
@@ -220,6 +222,7 @@ class Residency:
 
     def _fetch(self, entry: AdapterEntry) -> None:
         self._move(entry, AdapterState.FETCHING)
+        self._fetching.add(entry.digest)
         self._host.fetch(entry.digest, self._on_fetched)
 
     def _activate_ahead(self, entry: AdapterEntry, image: AdapterImage, num_reserved_pages: int) -> bool:

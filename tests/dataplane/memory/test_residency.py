@@ -9,7 +9,7 @@ import pytest
 
 from dataplane.engine.inbox import AdapterFetched, HostImageEvicted
 from dataplane.memory.adapter_states import ALLOWED_MOVES, HEAT_HALF_LIFE_S, AdapterEntry, AdapterState, Readiness
-from dataplane.memory.residency import MAX_COPIES_AHEAD
+from dataplane.memory.residency import MAX_COPIES_AHEAD, MAX_FETCHES_AHEAD
 from protos.planes import AdapterPlace
 
 if TYPE_CHECKING:
@@ -319,6 +319,19 @@ def test_what_is_in_host_memory_goes_to_the_device_at_once(make_world: MakeWorld
     world.residency.acquire("aa")
     assert world.residency.prepare("aa", may_allocate=True) is Readiness.READY, "without a word from another thread"
     assert world.host.num_fetches == 2
+
+
+def test_nothing_is_read_ahead_while_requests_wait_for_as_many_reads(make_world: MakeWorld) -> None:
+    world = make_world(20)
+    world.host.answers_at_once = False
+    for digest in map(chr, range(97, 97 + MAX_FETCHES_AHEAD)):
+        world.residency.acquire(digest)
+    world.prefetch("x", "y")
+    assert (world.place("x"), world.host.num_fetches) == (AdapterPlace.NONE, MAX_FETCHES_AHEAD)
+    world.host.deliver()
+    world.settle()
+    world.prefetch("x", "y")
+    assert (world.place("x"), world.place("y")) == (AdapterPlace.FETCHING, AdapterPlace.FETCHING)
 
 
 def test_a_copy_that_nobody_waits_for_any_more_can_be_evicted(make_world: MakeWorld) -> None:
