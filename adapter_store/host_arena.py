@@ -8,6 +8,7 @@ import mmap
 import weakref
 from bisect import insort
 from collections import deque
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -109,8 +110,9 @@ def _map(size_bytes: int) -> NDArray[np.uint8]:
     except (OSError, ValueError, OverflowError) as error:
         raise HostMemoryError(size_bytes, f"cannot be had ({error})") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Page-locked several times as fast: there are 512 times fewer pages.
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        # Page-locked several times as fast: there are 512 times fewer pages. A kernel without them refuses, which is no harm.
+        with suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapped, dtype=np.uint8)
 
 

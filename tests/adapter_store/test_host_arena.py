@@ -65,6 +65,11 @@ def test_memory_that_is_not_there_is_refused_with_the_number() -> None:
         HostArena(1 << 60, pin_memory=False)
 
 
+def test_a_kernel_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmap.MADV_HUGEPAGE", 99999)  # advice that this kernel does not know either
+    assert HostArena(CAPACITY, pin_memory=False).free_bytes == CAPACITY
+
+
 @given(moves=st.lists(st.tuples(st.booleans(), st.integers(1, CAPACITY)), max_size=60), seed=st.integers(0, 99))
 def test_what_is_written_stays_whatever_else_comes_and_goes(moves: list[tuple[bool, int]], seed: int) -> None:
     arena, random = HostArena(CAPACITY, pin_memory=False), Random(seed)
