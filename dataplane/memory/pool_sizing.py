@@ -57,8 +57,9 @@ def choose_num_pages(
             f"{source} gives the pool {max(0, size_bytes)} bytes; a page of {geometry.page_tokens} tokens takes "
             f"{geometry.page_bytes}, and at least {1 + NUM_PADDING_PAGES} are needed. Free memory, or serve a smaller model"
         )
-    # More than every request at its longest, and as much again for adapters, would never be used.
-    return min(num_pages, 2 * config.max_num_seqs * geometry.num_kv_pages(max_model_len))
+    # More than every request at its longest, and as much again for adapters, or one of the largest for each, is of no use.
+    num_kv_pages = geometry.num_kv_pages(max_model_len)
+    return min(num_pages, config.max_num_seqs * (num_kv_pages + max(num_kv_pages, _largest_adapter_pages(geometry))))
 
 
 def fit_max_model_len(config: DataPlaneConfig, geometry: BaseGeometry, max_model_len: int, num_pages: int) -> int:
@@ -80,16 +81,20 @@ def fit_max_model_len(config: DataPlaneConfig, geometry: BaseGeometry, max_model
 
 def warn_of_large_adapters(geometry: BaseGeometry, num_pages: int) -> None:
     """Says so if the pool is too small for an adapter of the largest rank on all modules and one page of KV beside it."""
-    ranks = {module.name: geometry.max_lora_rank for module in geometry.modules}
-    num_needed = pack_rows(ranks, geometry).num_pages + 1
-    if num_needed > num_pages:
+    num_adapter_pages = _largest_adapter_pages(geometry)
+    if num_adapter_pages + 1 > num_pages:
         _log.warning(
             "an adapter of rank %d (--max-lora-rank) on every module takes %d pages and its request at least one more; the pool "
             "has %d, so requests for such an adapter are refused",
             geometry.max_lora_rank,
-            num_needed - 1,
+            num_adapter_pages,
             num_pages,
         )
+
+
+def _largest_adapter_pages(geometry: BaseGeometry) -> int:
+    """Pages of an adapter of the largest rank on all modules."""
+    return pack_rows({module.name: geometry.max_lora_rank for module in geometry.modules}, geometry).num_pages
 
 
 def _free_bytes_cuda(config: DataPlaneConfig, device: torch.device, measure_step_bytes: Callable[[], int]) -> int:

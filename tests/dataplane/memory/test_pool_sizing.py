@@ -44,6 +44,12 @@ def test_pages_that_no_batch_could_fill_are_not_taken() -> None:
     assert _choose(replace(CONFIG, pool_bytes=1 << 30)) == 2 * 4 * 10
 
 
+def test_short_requests_leave_room_for_an_adapter_of_the_largest_rank_each() -> None:
+    geometry = replace(GEOMETRY, max_lora_rank=160)  # 320 rows of 8 elements in pages of 256
+    config = replace(CONFIG, pool_bytes=1 << 30)
+    assert choose_num_pages(config, geometry, 16, CPU, no_step) == 4 * (1 + 10)
+
+
 def test_a_length_that_was_asked_for_and_never_fits_is_refused_with_the_numbers() -> None:
     config = replace(CONFIG, num_pages=9, max_model_len=160)
     message = (
