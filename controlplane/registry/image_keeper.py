@@ -77,6 +77,8 @@ class ImageKeeper:
         await self._claim(image.digest)
         try:
             await asyncio.to_thread(self._store.publish, image)
+            # Before the change is told: who hears of it may ask at once whether the version can be served.
+            self._directory.set_failure(image.digest, "")
             yield
         except BaseException:
             # If this fails too, the claim runs out by itself.
@@ -84,7 +86,6 @@ class ImageKeeper:
                 await asyncio.shield(self._garbage.unclaim(image.digest))
             self._wake.set()
             raise
-        self._directory.set_failure(image.digest, "")
 
     async def collect(self) -> list[str]:
         """One heartbeat, then deletes what nobody needs; returns what it deleted."""

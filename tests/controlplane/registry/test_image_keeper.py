@@ -257,9 +257,12 @@ def test_an_adapter_whose_image_is_missing_is_refused_until_it_is_stored_again(
             await one.keeper.start()
             with pytest.raises(PreconditionError, match="is missing from the store"):
                 one.directory.resolve("a")
+            heard: list[str] = []
+            one.directory.on_change(lambda change: heard.append(one.directory.failure_of(change.record.current_version)))
             async with one.keeper.stored(image):
                 await one.seen(await one.registry.replace(replace(record, etag="e2"), "e1"))
             one.directory.resolve("a").release()
+            assert heard == [""], "whoever is told of the change finds that it can be served"
 
     asyncio.run(scenario())
 
