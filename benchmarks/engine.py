@@ -47,19 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "most_adapters": settings.max_large,
         "floor_tb_per_s": FLOOR_TB_PER_S,
     }
+    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+    packages = ("torch", "cupy-cuda13x") if args.device == "cuda" else ("torch",)
     for measure in (_measure, _measure_without_lora, _measure_wide):
         measured |= measure(settings, args)
+        measured["claims"] = claims(measured)
+        # After each part: one that fails must not take along what the others measured.
+        write_result(args.out, measured, packages, device=device, commit=args.commit)
         # What the next one loads takes the room of this one.
         gc.collect()
         torch.cuda.empty_cache()
-    measured["claims"] = claims(measured)
     for claim in measured["claims"]:
         print(
             f"{'holds' if claim['holds'] else 'FAILS'}  {claim['value']:.3f} <= {claim['limit']:g}  {claim['what']}", flush=True
         )
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    packages = ("torch", "cupy-cuda13x") if args.device == "cuda" else ("torch",)
-    write_result(args.out, measured, packages, device=device, commit=args.commit)
     return 0
 
 
