@@ -38,6 +38,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._chat_template = chat_template
+        # Without a vocabulary there are ids alone.
+        self.can_read_text = tokenizer.get_vocab_size() > 0
         self.max_token_chars = max((len(token) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._token_texts: dict[int, str] = {}
 
@@ -79,11 +81,6 @@ class Tokenizer:
         """For a model without a tokenizer: no text can be read, and the text of every token is empty."""
         empty = tokenizers.Tokenizer(tokenizers.models.BPE())
         return cls(empty, Vocabulary(empty, ["ByteLevel"]), None)
-
-    @property
-    def can_read_text(self) -> bool:
-        """Whether there is a vocabulary at all."""
-        return self._tokenizer.get_vocab_size() > 0
 
     @property
     def can_chat(self) -> bool:
