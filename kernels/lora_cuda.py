@@ -24,8 +24,8 @@ from kernels.plan_layout import (
     PlanCapacity,
     WantedTasks,
 )
-from kernels.stagings import Stagings
 from kernels.step_plan import PlanSummary, StepPlanner
+from kernels.uploads import upload
 
 # A task of MBGMV reads 8 KiB of weights at least, one of MBGMM is a thread block: enough loads in flight everywhere.
 _VECTOR_TASKS_PER_SM = 8
@@ -126,7 +126,7 @@ class CudaLoraOps(LoraOps):
         self._shape_table = torch.from_numpy(self._planner.shape.device_table()).to(device)
         with torch.cuda.device(device):
             self._kernels = LoraKernels(dtype, limits.max_rank)
-        self._stagings = Stagings(self._planner.capacity.plan_ints, torch.int32, device)
+        self._plan_on_host = torch.zeros(self._planner.capacity.plan_ints, dtype=torch.int32)
         self._num_steps = 0
         # What the device's plan was made of: while a batch decodes on unchanged, so does its plan.
         self._uploaded: tuple[_Step, PlanSummary] | None = None
@@ -169,9 +169,8 @@ class CudaLoraOps(LoraOps):
         return CudaLoraPlan(self._uploaded[1], launches, self._group_of)
 
     def _upload(self, step: _Step) -> PlanSummary:
-        with self._stagings.next() as staging:
-            summary = self._planner.write(staging.numpy(), step.adapter_index, step.adapters, step.launches)
-            self._buffers.plan[: summary.used_ints].copy_(staging[: summary.used_ints], non_blocking=True)
+        summary = self._planner.write(self._plan_on_host.numpy(), step.adapter_index, step.adapters, step.launches)
+        upload(self._buffers.plan[: summary.used_ints], self._plan_on_host[: summary.used_ints])
         return summary
 
     def begin(self, plan: LoraPlan) -> None:

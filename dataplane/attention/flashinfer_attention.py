@@ -138,16 +138,17 @@ class _WindowCalls:
         num_ints = sum(map(len, arrays))
         if num_ints > self._staged.size:
             self._staged = StagedInts(2 * num_ints, self._device)
-        with self._staged.sent(*arrays) as ((indptr, last_page_lens, *of_prefill, indices), on_device):
-            if n:
-                self._wrappers.plan_decode(self.decode, indptr, last_page_lens, indices[:num_decode_pages])
-                # Where kernels read them; planning needs them on the host.
-                self.decode._paged_kv_indptr_buf, self.decode._paged_kv_last_page_len_buf = on_device[:2]
-                self.decode._paged_kv_indices_buf = on_device[-1]
-            if n < step.num_requests:
-                starts, indptr, last_page_lens = of_prefill
-                # FlashInfer copies the first three once more.
-                self._wrappers.plan_prefill(self.prefill, starts, indptr, last_page_lens, on_device[-1][num_decode_pages:])
+        on_host, on_device = self._staged.send(*arrays)
+        if n:
+            indptr, last_page_lens = on_host[:2]
+            self._wrappers.plan_decode(self.decode, indptr, last_page_lens, on_host[-1][:num_decode_pages])
+            # Where kernels read them; planning needs them on the host.
+            self.decode._paged_kv_indptr_buf, self.decode._paged_kv_last_page_len_buf = on_device[:2]
+            self.decode._paged_kv_indices_buf = on_device[-1]
+        if n < step.num_requests:
+            starts, indptr, last_page_lens = on_host[2:5]
+            # FlashInfer copies these once more.
+            self._wrappers.plan_prefill(self.prefill, starts, indptr, last_page_lens, on_device[-1][num_decode_pages:])
 
 
 def _decode_and_prompt() -> StepArrays:

@@ -61,8 +61,8 @@ class FlashInferDecodeGraphs(AttentionBackend):
         for window, wrappers in self._wrappers.items():
             pages = ReadPages.of(step, self._page_tokens, window).padded(num_rows, self._padding_page)
             arrays = (pages.indptr, pages.last_page_lens, pages.indices)
-            with self._staged[window].sent(*arrays) as ((indptr, last_page_lens, indices), _):
-                wrappers.plan_decode(made[window], indptr, last_page_lens, indices)
+            on_host, _ = self._staged[window].send(*arrays)
+            wrappers.plan_decode(made[window], *on_host)
         return DecodeGraphPlan(q, out, made)
 
     def attend(self, plan: AttentionPlan, pages: KvPages, sliding_window: int | None) -> None:

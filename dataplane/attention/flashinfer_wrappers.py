@@ -3,14 +3,11 @@
 Knows nothing of steps: it is given page tables in FlashInfer's own form.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from dataplane.attention.interface import AttentionShape
-from kernels.stagings import Stagings
 
 # Query heads per KV head for which the kernels without tensor cores exist and read K and V at least as fast.
 _CUDA_CORE_GROUPS = (1, 2)
@@ -26,22 +23,21 @@ _DECODE_TILES = ((16, 16), (64, 64), (128, 1 << 30))
 
 
 class PlanMemory:
-    """Where plans of wrappers lie of which only one lives at a time: on the device, and in stagings on the host.
+    """Where plans of wrappers lie of which only one lives at a time, on the device and on the host.
 
-    A wrapper of its own has one staging and 8 MiB on each side; the next step's plan would have to wait for this one's copy.
+    FlashInfer gives each wrapper page-locked memory of its own, whose copy waits for all that are being loaded, and the next
+    plan for that copy. From ordinary memory a plan is read when it is made, see `kernels.uploads`; those of most steps are small
+    enough for that, and a larger one is late but right.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
-        self._stagings = Stagings(_PLAN_BYTES, torch.uint8, device)
+        self._on_host = torch.empty(_PLAN_BYTES, dtype=torch.uint8)
 
-    @contextmanager
-    def lent_to(self, wrapper: Any) -> Iterator[None]:
-        """For a wrapper that plans within. FlashInfer's own setter would allocate another staging, hence its fields."""
-        with self._stagings.next() as staging:
-            wrapper._int_workspace_buffer = self._on_device
-            wrapper._pin_memory_int_workspace_buffer = staging
-            yield
+    def lend(self, wrapper: Any) -> None:
+        """Before the wrapper's first plan. FlashInfer's own setter would allocate for the host, hence its fields."""
+        wrapper._int_workspace_buffer = self._on_device
+        wrapper._pin_memory_int_workspace_buffer = self._on_host
 
 
 class Workspace:
@@ -99,26 +95,26 @@ class WindowWrappers:
             options |= {"use_cuda_graph": True, **dict(zip(names, places, strict=True))}
             num_requests = len(places[1])
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace.memory, "NHD", **options)
+        self._decode_memory.lend(wrapper)
         steps = torch.arange(num_requests + 1, dtype=torch.int32)
         # In full once, on pages that nobody reads; `plan_decode` relies on what it finds out.
-        with self._decode_memory.lent_to(wrapper):
-            wrapper.plan(steps, steps[:-1], torch.ones_like(steps[:-1]), *self._shape, **self._options)
+        wrapper.plan(steps, steps[:-1], torch.ones_like(steps[:-1]), *self._shape, **self._options)
         return wrapper
 
     def prefill(self) -> Any:
         """A wrapper for requests of any number of rows."""
-        return self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace.memory, "NHD")
+        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace.memory, "NHD")
+        self._prefill_memory.lend(wrapper)
+        return wrapper
 
     def plan_decode(self, wrapper: Any, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor) -> None:
-        """Plans a step from arrays in pinned memory; those on the device are the caller's to copy, or to set."""
-        with self._decode_memory.lent_to(wrapper):
-            self._flashinfer.fast_decode_plan(
-                wrapper, indptr, indices, last_page_lens, *self._shape, **self._options, global_override_indptr_cpu=indptr
-            )
+        """Plans a step from arrays on the host; those on the device are the caller's to copy, or to set."""
+        self._flashinfer.fast_decode_plan(
+            wrapper, indptr, indices, last_page_lens, *self._shape, **self._options, global_override_indptr_cpu=indptr
+        )
 
     def plan_prefill(
         self, wrapper: Any, query_starts: torch.Tensor, indptr: torch.Tensor, last_page_lens: torch.Tensor, indices: torch.Tensor
     ) -> None:
-        """Plans a step from arrays in pinned memory, except `indices`, which are on the device."""
-        with self._prefill_memory.lent_to(wrapper):
-            wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)
+        """Plans a step from arrays on the host, except `indices`, which are on the device."""
+        wrapper.plan(query_starts, indptr, indices, last_page_lens, *self._shape, causal=True, **self._options)

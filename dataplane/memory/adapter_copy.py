@@ -15,6 +15,7 @@ from adapter_store.image import AdapterImage
 from dataplane.memory.page_pool import page_runs
 from kernels.lora import LoraAdapter, LoraRows
 from kernels.page_copy import PageCopier
+from kernels.uploads import upload
 
 
 class AdapterCopy(Protocol):
@@ -49,13 +50,13 @@ class AdapterCopier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CopyOnItsWay:
-    """done: recorded behind it. sources: what the device reads until then."""
+    """done: recorded behind it. source: what the device reads until then."""
 
     done: torch.cuda.Event
-    sources: tuple[object, ...]
+    source: AdapterImage
 
     def is_done(self) -> bool:
-        """Whether the device has read the sources and the pages hold them."""
+        """Whether the device has read the source and the pages hold it."""
         is_done: bool = self.done.query()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return is_done
 
@@ -115,10 +116,11 @@ class TensorCopier:
         self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
         with torch.cuda.stream(self._stream):
             self._pages.start(image.pages, ((i, pages[i], length) for i, length in page_runs(pages)), self._stream)
-            staging = torch.from_numpy(row_table(image, pages)).pin_memory()
-            table = staging.to(self._pool.device, non_blocking=True)
+            rows = torch.from_numpy(row_table(image, pages))
+            table = torch.empty_like(rows, device=self._pool.device)
+            upload(table, rows)
             done = self._stream.record_event()
-        return TensorCopy(_adapter(image, table), CopyOnItsWay(done, (image, staging)), self._joined)
+        return TensorCopy(_adapter(image, table), CopyOnItsWay(done, image), self._joined)
 
 
 def row_table(image: AdapterImage, pages: Sequence[int]) -> NDArray[np.int64]:

@@ -1,10 +1,10 @@
-"""Brings a step to the device: one copy of one staging buffer, at addresses that never change. Knows nothing of requests."""
+"""Brings a step to the device: in one upload, at addresses that never change. Knows nothing of requests."""
 
 import numpy as np
 import torch
 
 from dataplane.model.step_inputs import Ints, StepArrays, StepInputs
-from kernels.stagings import Stagings
+from kernels.uploads import upload
 
 # Rows of the buffers: token ids, positions, pages and offsets of slots, rows of logits, where unknown tokens are chosen.
 _NUM_FIELDS = 6
@@ -18,7 +18,7 @@ class StepBuffers:
         self._max_rows = max_rows
         self._page_tokens = page_tokens
         self._padding = np.array([0, 0, padding_page, 0, 0, 0], dtype=np.int32)
-        self._stagings = Stagings(_NUM_FIELDS * max_rows, torch.int32, device)
+        self._on_host = torch.zeros(_NUM_FIELDS * max_rows, dtype=torch.int32)
         self._on_device = torch.zeros(_NUM_FIELDS * max_rows, dtype=torch.int32, device=device)
 
     def upload(self, step: StepArrays, num_rows: int, chosen: torch.Tensor | None = None) -> StepInputs:
@@ -31,17 +31,15 @@ class StepBuffers:
         unknown = np.flatnonzero(step.token_ids < 0)
         # Packed to what this step needs, so that little is copied; the addresses of a step of num_rows are always the same.
         num_ints = _NUM_FIELDS * num_rows
-        on_device = self._on_device[:num_ints]
-        with self._stagings.next() as whole:
-            staging = whole[:num_ints]
-            rows = staging.numpy().reshape(_NUM_FIELDS, num_rows)
-            self._write(rows, step)
-            if len(unknown):
-                assert chosen is not None, f"{len(unknown)} tokens that nobody knows"
-                rows[0, unknown] = 0
-                rows[5] = len(chosen) - 1
-                rows[5, unknown] = -1 - step.token_ids[unknown]
-            on_device.copy_(staging, non_blocking=True)
+        on_host, on_device = self._on_host[:num_ints], self._on_device[:num_ints]
+        rows = on_host.numpy().reshape(_NUM_FIELDS, num_rows)
+        self._write(rows, step)
+        if len(unknown):
+            assert chosen is not None, f"{len(unknown)} tokens that nobody knows"
+            rows[0, unknown] = 0
+            rows[5] = len(chosen) - 1
+            rows[5, unknown] = -1 - step.token_ids[unknown]
+        upload(on_device, on_host)
         token_ids, positions, slot_pages, slot_offsets, logits_rows, sources = on_device.view(_NUM_FIELDS, num_rows)
         if chosen is not None and len(unknown):
             # Of 0 and a token it is the token, of a known one and -1 the known one, and where none could be chosen it is 0, which

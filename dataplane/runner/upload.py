@@ -1,10 +1,12 @@
-"""Brings many small arrays to the device in one copy that nothing waits for. Knows nothing of what they mean."""
+"""Brings many small arrays to the device in one upload. Knows nothing of what they mean."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from kernels.uploads import upload
 
 _WORD_BYTES = 8
 
@@ -28,12 +30,11 @@ class Upload:
             return
         # Each begins on a whole word, so that it can be viewed as whatever it is.
         ends = np.cumsum([-(-array.nbytes // _WORD_BYTES) for array in self._arrays]).tolist()
-        # Pinned memory from torch, which gives it to nobody else before the copy is done.
-        staging = torch.empty(ends[-1], dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        words = staging.numpy()
+        words = np.empty(ends[-1], dtype=np.int64)
         for array, start, end in zip(self._arrays, [0, *ends], ends, strict=False):
             words[start:end].view(array.dtype)[: len(array)] = array
-        on_device = staging.to(self._device, non_blocking=True)
+        on_device = torch.empty(len(words), dtype=torch.int64, device=self._device)
+        upload(on_device, torch.from_numpy(words))
         for array, start, end in zip(self._arrays, [0, *ends], ends, strict=False):
             self._tensors.append(on_device[start:end].view(getattr(torch, array.dtype.name))[: len(array)])
 

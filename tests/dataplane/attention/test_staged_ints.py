@@ -19,13 +19,13 @@ def test_arrays_are_found_on_both_sides_and_where_they_were_said_to_lie(device: 
     staged = StagedInts(8, torch.device(device))
     places = staged.places(3, 2, 3)
     for arrays in ((_ints(1, 2, 3), _ints(4, 5), _ints(6, 7, 8)), (_ints(9, 8, 7), _ints(6, 5), _ints(4))):
-        with staged.sent(*arrays) as (on_host, on_device):
-            expected = [array.tolist() for array in arrays]
-            assert [part.tolist() for part in on_host] == [part.tolist() for part in on_device] == expected
-            assert [part.data_ptr() for part in on_device] == [place.data_ptr() for place in places]
+        on_host, on_device = staged.send(*arrays)
+        expected = [array.tolist() for array in arrays]
+        assert [part.tolist() for part in on_host] == [part.tolist() for part in on_device] == expected
+        assert [part.data_ptr() for part in on_device] == [place.data_ptr() for place in places]
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:
     staged = StagedInts(3, torch.device("cpu"))
-    with pytest.raises(AssertionError, match="4 integers in a step, room for 3"), staged.sent(_ints(1, 2), _ints(3, 4)):
-        pass
+    with pytest.raises(AssertionError, match="4 integers in a step, room for 3"):
+        staged.send(_ints(1, 2), _ints(3, 4))
