@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from kernels.truncation import CudaTruncation, truncate_torch, truncation
 
+needs_cupy = pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
+
 
 def _truncate_row(row: list[int], top_k: int, top_p: float) -> list[int]:
     order = sorted(range(len(row)), key=lambda i: -row[i])[:top_k]
@@ -59,8 +61,17 @@ def _rows(kind: int, num_rows: int, vocab_size: int, generator: torch.Generator)
     return torch.nn.functional.one_hot(torch.arange(num_rows) % vocab_size, vocab_size) * (2**bits if kind == 4 else 0)
 
 
+def _wrong_rows(truncate: CudaTruncation, weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> list[int]:
+    """Where the kernel gives other numbers than the reference."""
+    expected, found = weights.clone(), weights.cuda()
+    truncate_torch(expected, top_k, top_p)
+    truncate(found, top_k.cuda(), top_p.cuda())
+    rows: list[int] = (found.cpu() != expected).any(dim=1).nonzero().flatten().tolist()
+    return rows
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
+@needs_cupy
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 512, 1001, 32000, 128256])
 def test_the_kernel_gives_the_numbers_of_the_reference(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
@@ -75,7 +86,21 @@ def test_the_kernel_gives_the_numbers_of_the_reference(vocab_size: int) -> None:
         top_p[1::3] = 1.0
         top_p[2::6] = 1 - 2.0**-53
         top_p[3] = 1e-300
-        expected, found = weights.clone(), weights.cuda()
-        truncate_torch(expected, top_k, top_p)
-        truncate(found, top_k.cuda(), top_p.cuda())
-        assert torch.equal(found.cpu(), expected), f"kind {kind}"
+        assert not _wrong_rows(truncate, weights, top_k, top_p), f"kind {kind}"
+
+
+# Of one launch each. A thread block takes 512 tokens at once where it clears and 2048 where it looks: less than a warp, a whole
+# number of both, and some of each left over, with equals on either side of every bound.
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@needs_cupy
+@pytest.mark.parametrize("vocab_size", [1, 31, 2048, 4099])
+def test_every_kind_of_row_is_cut_in_every_way(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    some, most = 1 + vocab_size // 3, max(1, vocab_size - 1)
+    cuts = [(vocab_size, 1.0), (1, 1.0), (some, 1.0), (most, 1.0), (vocab_size, 1e-300), (vocab_size, 0.7), (some, 0.7)]
+    weights = torch.cat([_rows(kind, len(cuts), vocab_size, generator) for kind in range(NUM_KINDS)])
+    top_k = torch.tensor([k for k, _ in cuts] * NUM_KINDS)
+    top_p = torch.tensor([p for _, p in cuts] * NUM_KINDS, dtype=torch.float64)
+    wrong = _wrong_rows(CudaTruncation(torch.device("cuda")), weights, top_k, top_p)
+    assert not wrong, [f"kind {row // len(cuts)}, top_k and top_p {cuts[row % len(cuts)]}" for row in wrong]
