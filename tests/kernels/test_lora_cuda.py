@@ -170,17 +170,29 @@ def random_batch(chooser: random.Random, num_rows: int, num_adapters: int, launc
     return batch[: num_rows - 3]
 
 
-@pytest.mark.parametrize("launches", [LoraLaunches.DECODE, LoraLaunches.MIXED])
-def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(launches: LoraLaunches) -> None:
+@pytest.mark.parametrize(
+    ("shape", "launches", "num_adapters_of_steps"),
+    [
+        ("large", LoraLaunches.DECODE, (0, 1, 2, 5, 5)),
+        ("large", LoraLaunches.MIXED, (0, 1, 2, 5, 5)),
+        # A step for MBGMV alone, then one for both.
+        pytest.param("small", LoraLaunches.MIXED, (2, 5), marks=pytest.mark.sanitizer),
+    ],
+    ids=str,
+)
+def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(
+    shape: str, launches: LoraLaunches, num_adapters_of_steps: tuple[int, ...]
+) -> None:
+    groups = SHAPES[shape]
     dtype, num_rows = torch.bfloat16, 72
-    pool = Pool(LARGE, [16, 5, 64, 33, 8], dtype)
-    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
-    tensors = [Tensors.random(group, num_rows, dtype) for group in LARGE]
+    pool = Pool(groups, [16, 5, 64, 33, 8], dtype)
+    ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
+    tensors = [Tensors.random(group, num_rows, dtype) for group in groups]
     originals = [t.y.clone() for t in tensors]
 
     def step(plan: LoraPlan) -> None:
         ops.begin(plan)
-        for (t, original), group in zip(zip(tensors, originals, strict=True), LARGE, strict=True):
+        for t, original, group in zip(tensors, originals, groups, strict=True):
             t.y.copy_(original)
             add(ops, plan, pool, t, group)
             add(ops, plan, pool, t, group)
@@ -192,7 +204,7 @@ def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(launches: LoraLaunc
     with torch.cuda.graph(graph):
         step(captured)
     chooser = random.Random(3)
-    for num_adapters in (0, 1, 2, 5, 5):
+    for num_adapters in num_adapters_of_steps:
         adapter_index = random_batch(chooser, num_rows, num_adapters, launches)
         step(ops.plan(adapter_index, pool.adapters, launches))
         eager = [t.y.clone() for t in tensors]
