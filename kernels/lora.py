@@ -52,7 +52,7 @@ class LoraLaunches(Enum):
     """Which kernels a plan has launched for each call of add().
 
     DECODE and MIXED are the same for every batch, so that a captured graph of begin() and add() computes, at each replay, the
-    plan that was made last. A graph of MIXED computes any plan, one of DECODE those of which DECODE is the `least_launches`.
+    plan that was made last, with the same launches.
     """
 
     AS_NEEDED = "those that the step has work for"
@@ -67,11 +67,6 @@ class LoraPlan(ABC):
     @abstractmethod
     def is_empty(self) -> bool:
         """Whether no token of the step has an adapter, so that the base-only path may be taken."""
-
-    @property
-    def least_launches(self) -> LoraLaunches:
-        """What a graph must hold to compute this plan: DECODE or MIXED."""
-        return LoraLaunches.MIXED
 
     @abstractmethod
     def changes(self, targets: Sequence[LoraTarget]) -> bool:

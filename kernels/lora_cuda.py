@@ -56,11 +56,6 @@ class CudaLoraPlan(LoraPlan):
         """Whether no token of the step has an adapter."""
         return not any(self.summary.has_vector) and not any(self.summary.has_matrix)
 
-    @property
-    def least_launches(self) -> LoraLaunches:
-        """What a graph must hold to compute this plan."""
-        return LoraLaunches.MIXED if any(self.summary.has_matrix) else LoraLaunches.DECODE
-
     def changes(self, targets: Sequence[LoraTarget]) -> bool:
         """Whether any token's adapter adds anything to the targets of one input."""
         group = self.group_of[targets[0].module]

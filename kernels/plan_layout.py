@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 
 from kernels.lora import LoraTarget
 
-# Segments of more tokens go to MBGMM, and so do those of a wide rank from MIN_MATRIX_TOKENS on: MBGMV reads the rows of B once
-# for each 4 tokens. Measured on a Llama-7B shape: one adapter of rank 16 takes MBGMV 0.5 ms a step for 100 tokens and 0.8 for
-# 250, MBGMM 1.0; eight of rank 64 with 8 tokens each take 2.2 and 1.3.
-MAX_VECTOR_TOKENS = 128
-MIN_MATRIX_TOKENS = 5
-WIDE_RANK = 32
+# A step whose tokens times ranks come to no more is computed by MBGMV alone. On an H200 that is where MBGMM becomes the faster of
+# the two, whoever the tokens belong to: at 1,200 of rank 8, 1,000 of rank 16, 400 of rank 64, 150 of rank 128. Of a step of more
+# work, MBGMV keeps the segments of few tokens.
+MAX_VECTOR_WORK = 1 << 14
+MAX_VECTOR_TOKENS = 16
 
 TILE_TOKENS = 8
 TILE_ROWS = 16
-EXPAND_TOKENS = 4
-EXPAND_COLUMNS = 256
+TOKEN_COLUMNS = 1024
+TILE_COLUMNS = 512
 MATRIX_SHRINK_TOKENS = 64
 MATRIX_SHRINK_ROWS = 64
 MATRIX_EXPAND_TOKENS = 128
@@ -30,7 +29,7 @@ MATRIX_STEP_WORDS = 256
 MATRIX_EXPAND_COLUMNS = 128
 
 SHRINK_TASK_BYTES = 128
-EXPAND_TASK_BYTES = 64
+EXPAND_TASK_BYTES = 80
 MATRIX_SHRINK_TASK_BYTES = 32
 MATRIX_EXPAND_TASK_BYTES = 48
 
@@ -81,7 +80,13 @@ class LoraLimits:
     @property
     def max_vector_tokens(self) -> int:
         """Most tokens that one step can send to MBGMV."""
-        return max(self.max_requests, min(self.max_tokens, MAX_VECTOR_TOKENS * self.max_requests))
+        return max(self.max_requests, min(self.max_tokens, max(MAX_VECTOR_WORK, MAX_VECTOR_TOKENS * self.max_requests)))
+
+    @property
+    def max_vector_work(self) -> int:
+        """Most of its tokens times their ranks."""
+        most_tokens = max(self.max_requests, min(self.max_tokens, MAX_VECTOR_TOKENS * self.max_requests))
+        return max(MAX_VECTOR_WORK, most_tokens * self.max_rank)
 
 
 class PlanShape:
@@ -94,7 +99,8 @@ class PlanShape:
         self.num_targets_of = np.array([len(group) for group in groups])
         self.in_features = np.array([group[0].in_features for group in groups], dtype=np.int64)
         self.out_features = np.array([target.out_features for target in self.targets], dtype=np.int64)
-        self.vector_columns = ceil_div(self.out_features, EXPAND_COLUMNS)
+        self.token_columns = ceil_div(self.out_features, TOKEN_COLUMNS)
+        self.tile_columns = ceil_div(self.out_features, TILE_COLUMNS)
         self.matrix_columns = ceil_div(self.out_features, MATRIX_EXPAND_COLUMNS)
         self.piece_ints = PIECE_INTS + 3 * self.num_groups + len(self.targets)
         self.token_rows_at = HEADER_INTS + 2 * self.num_groups * SPAN_INTS
@@ -127,15 +133,14 @@ class PlanCapacity:
         """The room for the largest step of a model."""
         tokens, segments = limits.max_vector_tokens, limits.max_requests
         tiles = min(tokens, segments + tokens // TILE_TOKENS)
-        expand_tiles = min(tokens, segments + tokens // EXPAND_TOKENS)
-        matrix_segments = min(segments, limits.max_tokens // MIN_MATRIX_TOKENS)
+        matrix_segments = min(segments, limits.max_tokens // (MAX_VECTOR_TOKENS + 1))
         widths = shape.num_targets_of * limits.max_rank
         padded_widths = shape.num_targets_of * int(ceil_div(np.array(limits.max_rank), MATRIX_STEP)) * MATRIX_STEP
         row_tiles = tiles * ceil_div(widths, TILE_ROWS)
         matrix_tiles = matrix_segments + limits.max_tokens // MATRIX_SHRINK_TOKENS
         matrix_expand_tiles = matrix_segments + limits.max_tokens // MATRIX_EXPAND_TOKENS
         # Splitting stops when there are enough tasks, so it adds at most that many, each with its products.
-        parts = tokens * widths.max() + 2 * wanted_tasks.vector * TILE_ROWS * TILE_TOKENS
+        parts = shape.num_targets_of.max() * limits.max_vector_work + 2 * wanted_tasks.vector * TILE_ROWS * TILE_TOKENS
         step_tiles = matrix_segments + limits.max_tokens // MATRIX_STEP
         return PlanCapacity(
             plan_ints=shape.token_rows_at
@@ -144,7 +149,8 @@ class PlanCapacity:
             + (tiles + matrix_segments) * shape.piece_ints
             + segments * len(shape.targets) * ENTRY_INTS,
             shrink_tasks=int(row_tiles.sum()) + 2 * wanted_tasks.vector * shape.num_groups,
-            expand_tasks=int(expand_tiles * shape.vector_columns.sum()),
+            # A tile of several tokens has no more than two tasks where each of its tokens alone has one.
+            expand_tasks=int(min(tokens * shape.token_columns.sum(), tiles * shape.tile_columns.sum())),
             parts=int(parts),
             rank_rows=int(matrix_segments * padded_widths.sum()),
             matrix_shrink_tasks=int((matrix_tiles * ceil_div(padded_widths, MATRIX_SHRINK_ROWS) + 2 * wanted_tasks.matrix).sum()),

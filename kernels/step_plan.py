@@ -13,7 +13,6 @@ from kernels.adapter_entries import AdapterEntries
 from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraTarget
 from kernels.plan_layout import (
     ENTRY_INTS,
-    EXPAND_TOKENS,
     HEADER_INTS,
     MATRIX_EXPAND_TOKENS,
     MATRIX_SHRINK_ROWS,
@@ -22,13 +21,12 @@ from kernels.plan_layout import (
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
     MAX_VECTOR_TOKENS,
-    MIN_MATRIX_TOKENS,
+    MAX_VECTOR_WORK,
     PIECE_INTS,
     SPAN_INTS,
     TILE_ROWS,
     TILE_TOKENS,
     VECTOR_SLICES,
-    WIDE_RANK,
     Ints,
     Longs,
     LoraLimits,
@@ -70,7 +68,7 @@ class StepPlanner:
         self._entries = AdapterEntries(self.shape.targets, limits.max_requests, limits.max_rank)
 
     def write(self, buffer: Ints, adapter_index: Indices, adapters: Sequence[LoraAdapter], launches: LoraLaunches) -> PlanSummary:
-        """Writes the plan of a step into `buffer`, of capacity.plan_ints. DECODE: MBGMV alone, whatever the segments."""
+        """Writes the plan of a step into `buffer`, of capacity.plan_ints. DECODE: MBGMV alone, however much there is to do."""
         shape = self.shape
         index = np.asarray(adapter_index, dtype=np.int32)
         decode = launches is LoraLaunches.DECODE
@@ -125,7 +123,9 @@ class StepPlanner:
             pieces,
             spans,
             num_shrink=row_tiles * splits,
-            num_expand=(ranks > 0) * self.shape.vector_columns * ceil_div(num_tokens, EXPAND_TOKENS)[:, None],
+            num_expand=np.where(
+                ranks > 0, np.where(num_tokens[:, None] == 1, self.shape.token_columns, self.shape.tile_columns), 0
+            ),
             num_products=num_tokens[:, None] * widths * splits,
             num_rows=0,
         )
@@ -193,9 +193,9 @@ class StepPlanner:
 
 
 def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
-    """Which segments MBGMM computes: those that MBGMV would take longer for."""
-    is_wide = segments.ranks.max(axis=1) >= WIDE_RANK
-    return segments.counts > np.where(is_wide, MIN_MATRIX_TOKENS - 1, MAX_VECTOR_TOKENS)
+    """Which segments MBGMM computes: none, unless MBGMV would take longer for the step."""
+    work = int(segments.counts @ segments.ranks.max(axis=1))
+    return segments.counts > (MAX_VECTOR_TOKENS if work > MAX_VECTOR_WORK else np.iinfo(np.int32).max)
 
 
 def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Steps of decodes alone as one CUDA graph each: by padded number of rows, by scope of LoRA and by what that launches."""
+"""Steps of decodes alone as one CUDA graph each: by padded number of rows and by scope of LoRA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,16 +16,6 @@ from kernels.lora import LoraLaunches
 # With 7B parameters a step of 32 to 192 rows is 0.1 to 0.2 ms shorter, one of fewer as long.
 _MAX_LT_ROWS = 192
 
-# What is captured for each size. Both kinds of launches, as most batches have few tokens of each adapter and some have many.
-LORA_VARIANTS = (
-    (LoraScope.NONE, LoraLaunches.DECODE),
-    *(
-        (scope, launches)
-        for scope in (LoraScope.ATTENTION, LoraScope.ALL)
-        for launches in (LoraLaunches.DECODE, LoraLaunches.MIXED)
-    ),
-)
-
 
 class DecodeGraphs:
     """A replay computes what was uploaded and planned last: tokens, page tables, adapters."""
@@ -40,25 +30,24 @@ class DecodeGraphs:
         max_rows, num_pages = sizes[-1], pool.shape[1]
         # No page belongs to two requests, so together they read no more pages than there are.
         attention = decoder.attention.for_decode_graphs(max_rows, num_pages + max_rows, padding_page=num_pages - 1)
-        self._steps = PaddedSteps(decoder, sizes, activations, pool, attention)
+        self._steps = PaddedSteps(decoder, sizes, activations, pool, attention, LoraLaunches.DECODE)
         self._logits = torch.empty((max_rows, decoder.config.vocab_size), dtype=torch.float32, device=pool.device)
-        self._graphs: dict[tuple[int, LoraScope, LoraLaunches], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, LoraScope], torch.cuda.CUDAGraph] = {}
 
     def capture(self, buffers: StepBuffers, idle: StepArrays) -> None:
         """Captures all sizes, the largest first, so that the others find room in its memory. idle: a step of one decode."""
         for size in reversed(self.sizes):
             inputs = buffers.upload(idle, size)
             # Loads the kernels of this size, which a capture must not.
-            self.launch(self._steps.make(inputs, LoraScope.ALL, LoraLaunches.MIXED))
-            for scope, launches in LORA_VARIANTS:
-                step = self._steps.make(inputs, scope, launches)
-                graph = self._recorder.record(lambda step=step: self.launch(step))  # type: ignore[misc]
-                self._graphs[size, scope, launches] = graph
+            self.launch(self._steps.make(inputs, LoraScope.ALL))
+            for scope in LoraScope:
+                step = self._steps.make(inputs, scope)
+                self._graphs[size, scope] = self._recorder.record(lambda step=step: self.launch(step))  # type: ignore[misc]
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [S, vocab] fp32 of a step padded to one of the sizes; overwritten by the next one."""
-        scope, launches, _ = self._steps.plan(inputs)
-        self._graphs[len(inputs.token_ids), scope, launches].replay()
+        scope, _ = self._steps.plan(inputs)
+        self._graphs[len(inputs.token_ids), scope].replay()
         return self._logits[: inputs.host.num_tokens]
 
     def launch(self, step: DecoderStep) -> None:

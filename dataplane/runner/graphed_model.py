@@ -10,7 +10,7 @@ import torch
 
 from dataplane.model.decoder import Decoder
 from dataplane.model.step_inputs import StepArrays, StepInputs
-from dataplane.runner.decode_graphs import LORA_VARIANTS, DecodeGraphs
+from dataplane.runner.decode_graphs import DecodeGraphs
 from dataplane.runner.graph_recorder import GraphRecorder
 from dataplane.runner.idle_step import idle_step
 from dataplane.runner.lora_scope import LoraScope
@@ -40,10 +40,7 @@ class GraphedModel:
     @property
     def captured_rows(self) -> tuple[int, ...]:
         """Rows of each step that `capture` captures."""
-        return (
-            *(size for size in self._decode_sizes for _ in LORA_VARIANTS),
-            *(size for size in self._mixed_sizes for _ in LoraScope),
-        )
+        return tuple(size for size in (*self._decode_sizes, *self._mixed_sizes) for _ in LoraScope)
 
     def num_rows(self, step: StepArrays) -> int:
         """To how many rows a step is padded."""

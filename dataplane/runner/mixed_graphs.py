@@ -36,7 +36,7 @@ class MixedGraphs:
         self._recorder = recorder
         # Attention leaves rows of padding as they are: what they start with must be something harmless.
         activations.attended.zero_()
-        self._steps = PaddedSteps(decoder, sizes, activations, pool, decoder.attention)
+        self._steps = PaddedSteps(decoder, sizes, activations, pool, decoder.attention, LoraLaunches.MIXED)
         self._chains: dict[tuple[int, LoraScope], _Chain] = {}
 
     def capture(self, buffers: StepBuffers, idle: StepArrays) -> None:
@@ -44,14 +44,14 @@ class MixedGraphs:
         for size in reversed(self.sizes):
             inputs = buffers.upload(idle, size)
             # Loads the kernels of this size, which a capture must not.
-            self._decoder.run(self._steps.make(inputs, LoraScope.ALL, LoraLaunches.MIXED))
+            self._decoder.run(self._steps.make(inputs, LoraScope.ALL))
             for scope in LoraScope:
-                step = self._steps.make(inputs, scope, LoraLaunches.MIXED)
+                step = self._steps.make(inputs, scope)
                 self._chains[size, scope] = _Chain(step, self._pieces(step))
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [S, vocab] fp32 of a step padded to one of the sizes."""
-        scope, _, plan = self._steps.plan(inputs)
+        scope, plan = self._steps.plan(inputs)
         chain = self._chains[len(inputs.token_ids), scope]
         step = replace(chain.step, inputs=inputs, plan=plan)
         chain.pieces[0].replay()

@@ -27,6 +27,13 @@ __device__ __forceinline__ unsigned pack2(float first, float second) {
   return bits;
 }
 
+// Two numbers as elements, and what these leave out.
+__device__ __forceinline__ void split2(float first, float second, unsigned& high, unsigned& low) {
+  high = pack2(first, second);
+  const float2 kept = unpack2(high);
+  low = pack2(first - kept.x, second - kept.y);
+}
+
 // Weights do not change while a step runs and are read once: past L1, which is for the activations. Zeros if not `is_inside`.
 __device__ __forceinline__ uint4 load_weights(const Element* address, bool is_inside) {
   uint4 value;

@@ -40,13 +40,6 @@ __device__ __forceinline__ void load_stage(unsigned stage, const Element* const 
       copy_async(stage + stage_offset(row + n * kRowStep, vector), k < end ? rows[n] + k : rows[n], (present >> n & 1) && k < end);
 }
 
-// Two neighbouring products in the pool's dtype, and what that leaves out.
-__device__ __forceinline__ void split(float2 value, unsigned& high, unsigned& low) {
-  high = pack2(value.x, value.y);
-  const float2 kept = unpack2(high);
-  low = pack2(value.x - kept.x, value.y - kept.y);
-}
-
 // Sums `num_planes` of [kTokens][kRows] and writes them as operands of expand.
 template <bool kIsShared>
 __device__ __forceinline__ void write_products(const float* planes, int num_planes, const MatrixShrinkTask& task, int row_groups,
@@ -66,7 +59,7 @@ __device__ __forceinline__ void write_products(const float* planes, int num_plan
         sum.x += part.x;
         sum.y += part.y;
       }
-      split(sum, high[e], low[e]);
+      split2(sum.x, sum.y, high[e], low[e]);
     }
     uint4* to = reinterpret_cast<uint4*>(v + task.v_start + tile * task.v_stride + group * kMatrixStepWords) + lane * 2;
     to[0] = make_uint4(high[0], high[1], high[2], high[3]);

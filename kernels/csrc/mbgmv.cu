@@ -1,9 +1,10 @@
 // MBGMV: the adapter part of linear modules for few tokens per adapter (decode), in one launch.
 // S-LoRA §5 calls it Multi-size Batched Gather Matrix-Vector multiplication.
 //
-// One warp does one task at a time. A shrink task multiplies up to 16 rank rows of A with one slice of x for up to 8 tokens, on
-// tensor cores; an expand task adds to up to 256 columns of y for up to 4 tokens. Tasks are dealt out in order, shrink before
-// expand, so that memory stays busy across what would otherwise be a kernel boundary.
+// A warp does one shrink task at a time: up to 16 rank rows of A times one slice of x for up to 8 tokens, on tensor cores. Then a
+// thread block does one expand task at a time: it adds to up to 1024 columns of y for one token, or to up to 512 for up to 8, on
+// tensor cores again. Tasks are dealt out in order, and who has no shrink task expands at once, so that memory stays busy across
+// what would otherwise be a kernel boundary.
 //
 // Products travel from shrink to expand in 8 bytes: the number, and a mark that no other launch ever writes there. Whoever sees
 // the mark has the number, so there is no counter, no fence, and nothing to clear. An expand task loads its part of B first and
@@ -17,6 +18,7 @@
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 3;
 constexpr int kSteps = 8;  // of 32 features, in flight at once
 
@@ -96,39 +98,26 @@ __device__ __forceinline__ void shrink(const ShrinkLane& task, const Element* po
   }
 }
 
-// Lane i gets v of rank row `base + i % kRanks` for each token, summed over the slices, as soon as they are there.
-template <int kTokens, int kRanks>
-__device__ __forceinline__ void gather(float (&held)[kTokens], const ExpandTask& task, int base, const Part* v, unsigned mark,
-                                       int lane) {
-  constexpr int kWays = 32 / kRanks, kLoads = kMaxSplits / kWays;
-  const Part* from = v + task.v_start + min(base + lane % kRanks, task.rank - 1);
-  Part parts[kTokens][kLoads];
+// Lane i gets v of rank row `base + i % 16`, summed over the slices, as soon as all are there.
+__device__ __forceinline__ float gather(const ExpandTask& task, int base, const Part* v, unsigned mark, int lane) {
+  constexpr int kLoads = kMaxSplits / 2;
+  const Part* from = v + task.v_start + min(base + (lane & 15), task.rank - 1);
+  Part parts[kLoads];
   bool is_ready;
   do {
     is_ready = true;
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t)
+    for (int n = 0; n < kLoads; ++n) {
+      const int split = (lane >> 4) + 2 * n;
+      parts[n] = split < task.num_splits ? load_part(from + split * task.split_stride) : static_cast<Part>(mark) << 32;
+    }
 #pragma unroll
-      for (int n = 0; n < kLoads; ++n) {
-        const int split = lane / kRanks + n * kWays;
-        parts[t][n] = static_cast<Part>(mark) << 32;
-        if (t < task.num_tokens && split < task.num_splits)
-          parts[t][n] = load_part(from + split * task.split_stride + t * task.v_stride);
-      }
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-      for (int n = 0; n < kLoads; ++n) is_ready = is_ready && static_cast<unsigned>(parts[t][n] >> 32) == mark;
+    for (int n = 0; n < kLoads; ++n) is_ready = is_ready && static_cast<unsigned>(parts[n] >> 32) == mark;
   } while (!__all_sync(~0u, is_ready));
+  float sum = 0;
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    float sum = 0;
-#pragma unroll
-    for (int n = 0; n < kLoads; ++n) sum += __uint_as_float(static_cast<unsigned>(parts[t][n]));
-#pragma unroll
-    for (int way = kRanks; way < 32; way *= 2) sum += __shfl_xor_sync(~0u, sum, way);
-    held[t] = sum;
-  }
+  for (int n = 0; n < kLoads; ++n) sum += __uint_as_float(static_cast<unsigned>(parts[n]));
+  return sum + __shfl_xor_sync(~0u, sum, 16);
 }
 
 // Where rank row j of B lies, in vectors.
@@ -136,60 +125,142 @@ __device__ __forceinline__ int row_vector(const ExpandTask& task, int j) {
   return static_cast<int>(__ldg(task.b_rows + min(j, task.rank - 1)) / kVectorLength);
 }
 
-// y += scaling * v B. kRanks rows of B are in flight at once; `row` is this lane's of the first ones.
-template <int kTokens, int kRanks>
-__device__ __forceinline__ void expand(const ExpandTask& task, int row, const Element* pool, Element* y, long long y_stride,
-                                       const Part* v, unsigned mark, bool& has_waited, int lane) {
-  const bool is_inside = lane * kVectorLength < task.num_columns;
-  const Element* columns = pool + task.row_offset + lane * kVectorLength;
-  uint4 old[kTokens];
-  float sums[kTokens][8] = {};
-  for (int base = 0; base < task.rank; base += kRanks) {
-    uint4 b[kRanks];
+// y += scaling * v B for one token. 16 rows of B are in flight at once; `row` is where the one of lane % 16 lies.
+__device__ __forceinline__ void expand_token(const ExpandTask& task, int row, const Element* pool, Element* y, long long y_stride,
+                                             const Part* v, unsigned mark, bool& has_waited, int lane) {
+  const int column = threadIdx.x * kVectorLength;
+  const bool is_inside = column < task.num_columns;
+  const Element* columns = pool + task.row_offset + column;
+  Element* const out = y + task.tokens[0] * y_stride + task.column + column;
+  uint4 old;
+  float sums[8] = {};
+  for (int base = 0; base < task.rank; base += 16) {
+    uint4 b[16];
 #pragma unroll
-    for (int i = 0; i < kRanks; ++i)
+    for (int i = 0; i < 16; ++i)
       b[i] = load_weights(columns + static_cast<long long>(__shfl_sync(~0u, row, i)) * kVectorLength,
                           is_inside && base + i < task.rank);
-    if (base + kRanks < task.rank) row = row_vector(task, base + kRanks + lane % kRanks);
+    if (base + 16 < task.rank) row = row_vector(task, base + 16 + (lane & 15));
+    if (!has_waited) {
+      wait_for_previous_launch();
+      has_waited = true;
+    }
+    if (base == 0) old = load_activations(out, is_inside);
+    const float held = gather(task, base, v, mark, lane);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const unsigned* bits = &b[i].x;
+      const float scale = __shfl_sync(~0u, held, i);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float2 f = unpack2(bits[c]);
+        sums[2 * c] = fmaf(scale, f.x, sums[2 * c]);
+        sums[2 * c + 1] = fmaf(scale, f.y, sums[2 * c + 1]);
+      }
+    }
+  }
+  if (is_inside) {
+    unsigned* bits = &old.x;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float2 f = unpack2(bits[c]);
+      bits[c] = pack2(fmaf(task.scaling, sums[2 * c], f.x), fmaf(task.scaling, sums[2 * c + 1], f.y));
+    }
+    *reinterpret_cast<uint4*>(out) = old;
+  }
+}
+
+// v of 16 rank rows for the tokens of a tile, summed over the slices, for the whole thread block: each thread gets one of them as
+// soon as its slices are there. 0 where there is no token, or no rank row. [kTileTokens][16].
+__device__ __forceinline__ void gather_tile(float* held, const ExpandTask& task, int base, const Part* v, unsigned mark) {
+  static_assert(kThreads == kTileTokens * 16, "a thread each");
+  const int token = threadIdx.x >> 4, row = base + (threadIdx.x & 15);
+  const Part* from = v + task.v_start + token * task.v_stride + row;
+  const int num_splits = token < task.num_tokens && row < task.rank ? task.num_splits : 0;
+  Part parts[kMaxSplits];
+  bool is_ready;
+  do {
+    is_ready = true;
+#pragma unroll
+    for (int n = 0; n < kMaxSplits; ++n)
+      parts[n] = n < num_splits ? load_part(from + n * task.split_stride) : static_cast<Part>(mark) << 32;
+#pragma unroll
+    for (int n = 0; n < kMaxSplits; ++n) is_ready = is_ready && static_cast<unsigned>(parts[n] >> 32) == mark;
+  } while (!__all_sync(~0u, is_ready));
+  float sum = 0;
+#pragma unroll
+  for (int n = 0; n < kMaxSplits; ++n) sum += __uint_as_float(static_cast<unsigned>(parts[n]));
+  held[threadIdx.x] = sum;
+}
+
+// y += scaling * v B for up to 8 tokens, on tensor cores: 16 columns of y are the rows of a product, the tokens its columns. The
+// order of columns is free, and that of rank rows within a product too: each lane loads 8 neighbouring columns of 4 rank rows, as
+// the operands of 4 products, and gets the sums of the same 8 columns for two of the tokens. v is split into what the pool's
+// dtype holds and what that leaves out, so that it loses nothing that matters.
+__device__ __forceinline__ void expand_tile(const ExpandTask& task, const int* tokens, int row, const Element* pool, Element* y,
+                                            long long y_stride, const Part* v, unsigned mark, float (*held)[kThreads], int& turn,
+                                            bool& has_waited, int lane) {
+  constexpr int kParts = kTileColumns / kWarps / 64;  // of 64 columns
+  const int quad = lane & 3, column = (threadIdx.x >> 5) * (kTileColumns / kWarps) + (lane >> 2) * kVectorLength;
+  const Element* columns = pool + task.row_offset + column;
+  const int2 pair = *reinterpret_cast<const int2*>(tokens + 2 * quad);
+  Element* const out[2] = {y + pair.x * y_stride + task.column + column, y + pair.y * y_stride + task.column + column};
+  uint4 old[2][kParts];
+  float sums[kParts][4][4] = {};
+  for (int base = 0; base < task.rank; base += 16) {
+    uint4 b[4][kParts];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const Element* from = columns + static_cast<long long>(__shfl_sync(~0u, row, 4 * quad + r)) * kVectorLength;
+#pragma unroll
+      for (int p = 0; p < kParts; ++p)
+        b[r][p] = load_weights(from + 64 * p, base + 4 * quad + r < task.rank && 64 * p + column < task.num_columns);
+    }
+    if (base + 16 < task.rank) row = row_vector(task, base + 16 + (lane & 15));
     if (!has_waited) {
       wait_for_previous_launch();
       has_waited = true;
     }
     if (base == 0) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-        old[t] = load_activations(y + task.tokens[t] * y_stride + task.column + lane * kVectorLength,
-                                  is_inside && t < task.num_tokens);
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int p = 0; p < kParts; ++p)
+          old[m][p] = load_activations(out[m] + 64 * p, 2 * quad + m < task.num_tokens && 64 * p + column < task.num_columns);
     }
-    float held[kTokens];
-    gather<kTokens, kRanks>(held, task, base, v, mark, lane);
+    // Two buffers in turn: who is slow may still read what was gathered last.
+    turn ^= 1;
+    gather_tile(held[turn], task, base, v, mark);
+    __syncthreads();
+    const float4 mine = *reinterpret_cast<const float4*>(held[turn] + (lane >> 2) * 16 + 4 * quad);
+    unsigned high[2], low[2];
+    split2(mine.x, mine.y, high[0], low[0]);
+    split2(mine.z, mine.w, high[1], low[1]);
 #pragma unroll
-    for (int i = 0; i < kRanks; ++i) {
-      const unsigned* bits = &b[i].x;
+    for (int p = 0; p < kParts; ++p)
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const float scale = __shfl_sync(~0u, held[t], i);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float2 f = unpack2(bits[c]);
-          sums[t][2 * c] = fmaf(scale, f.x, sums[t][2 * c]);
-          sums[t][2 * c + 1] = fmaf(scale, f.y, sums[t][2 * c + 1]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const unsigned w0 = (&b[0][p].x)[i], w1 = (&b[1][p].x)[i], w2 = (&b[2][p].x)[i], w3 = (&b[3][p].x)[i];
+        // Of the even column, then of the odd one, two rank rows each.
+        const unsigned a0 = __byte_perm(w0, w1, 0x5410), a1 = __byte_perm(w0, w1, 0x7632);
+        const unsigned a2 = __byte_perm(w2, w3, 0x5410), a3 = __byte_perm(w2, w3, 0x7632);
+        multiply_add(sums[p][i], a0, a1, a2, a3, high[0], high[1]);
+        multiply_add(sums[p][i], a0, a1, a2, a3, low[0], low[1]);
       }
-    }
   }
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (is_inside && t < task.num_tokens) {
-      unsigned* bits = &old[t].x;
+  for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const float2 f = unpack2(bits[c]);
-        bits[c] = pack2(fmaf(task.scaling, sums[t][2 * c], f.x), fmaf(task.scaling, sums[t][2 * c + 1], f.y));
+    for (int p = 0; p < kParts; ++p) {
+      unsigned* bits = &old[m][p].x;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack2(bits[i]);
+        bits[i] = pack2(fmaf(task.scaling, sums[p][i][m], f.x), fmaf(task.scaling, sums[p][i][m + 2], f.y));
       }
-      *reinterpret_cast<uint4*>(y + task.tokens[t] * y_stride + task.column + lane * kVectorLength) = old[t];
+      if (2 * quad + m < task.num_tokens && 64 * p + column < task.num_columns)
+        *reinterpret_cast<uint4*>(out[m] + 64 * p) = old[m][p];
     }
-  }
 }
 
 }  // namespace
@@ -202,11 +273,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     mbgmv(const Element* pool, const Element* x, long long x_stride, Element* y, long long y_stride, const TaskSpan* span,
           const ShrinkTask* shrink_tasks, const ExpandTask* expand_tasks, Part* v, const unsigned* step, unsigned round,
           int is_ready) {
+  __shared__ __align__(16) float held[2][kThreads];
+  int turn = 0;
   allow_next_launch();
   const int lane = threadIdx.x & 31;
   // Neighbouring tasks go to different multiprocessors, so that few tasks still use the whole device's bandwidth.
   const int first = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-  const int num_warps = gridDim.x * (kThreads >> 5);
+  const int num_warps = gridDim.x * kWarps;
   const int4 bounds = *reinterpret_cast<const int4*>(span);
   const int num_shrink = bounds.y, num_expand = bounds.w;
   const unsigned mark = *step << 12 | round;
@@ -220,13 +293,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     next.load(shrink_tasks + bounds.x, i + num_warps, i + num_warps < num_shrink, lane);
     shrink(task, pool, x, x_stride, v, mark, has_waited, lane);
   }
-  for (i -= num_shrink; i < num_expand; i += num_warps) {
+  // Thread blocks that have had no shrink task begin.
+  for (i = (blockIdx.x + gridDim.x - num_shrink % gridDim.x) % gridDim.x; i < num_expand; i += gridDim.x) {
     const ExpandTask task = expand_tasks[bounds.z + i];
     const int row = row_vector(task, lane & 15);
     if (task.num_tokens == 1) {
-      expand<1, 16>(task, row, pool, y, y_stride, v, mark, has_waited, lane);
+      expand_token(task, row, pool, y, y_stride, v, mark, has_waited, lane);
     } else {
-      expand<kExpandTokens, 8>(task, row, pool, y, y_stride, v, mark, has_waited, lane);
+      // Not from the copy: which tokens a lane has is not known to the compiler, which would keep the copy in memory.
+      const int* tokens = expand_tasks[bounds.z + i].tokens;
+      expand_tile(task, tokens, row, pool, y, y_stride, v, mark, held, turn, has_waited, lane);
     }
   }
   // The launch after this one takes this one's end for the end of everything before it.

@@ -57,24 +57,22 @@ __device__ void write_tile(const Work& work, const TargetShape* targets, ShrinkT
     const AdapterEntry entry = work.entries[m];
     if (entry.rank == 0) continue;
     const TargetShape target = targets[work.group.first_target + m];
-    const int num_columns = ceil_div(target.out_features, kExpandColumns);
-    const int num_tasks = num_columns * ceil_div(piece.num_tokens, kExpandTokens);
+    const int num_columns = piece.num_tokens == 1 ? kTokenColumns : kTileColumns;
     ExpandTask* tasks = expand_tasks + work.expand_starts[work.group.first_target + m];
-    for (int i = lane; i < num_tasks; i += 32) {
-      const int first = i / num_columns * kExpandTokens, offset = i % num_columns * kExpandColumns;
+    for (int i = lane; i < ceil_div(target.out_features, num_columns); i += 32) {
+      const int offset = i * num_columns;
       ExpandTask task;
       task.b_rows = entry.b_rows;
       task.row_offset = offset;
       task.rank = entry.rank;
-      task.num_tokens = min(kExpandTokens, piece.num_tokens - first);
-      for (int t = 0; t < kExpandTokens; ++t)
-        task.tokens[t] = work.token_rows[piece.token_start + first + min(t, task.num_tokens - 1)];
-      task.v_start = v_start + first * work.width;
+      task.num_tokens = piece.num_tokens;
+      for (int t = 0; t < kTileTokens; ++t) task.tokens[t] = work.token_rows[piece.token_start + (t < piece.num_tokens ? t : 0)];
+      task.v_start = v_start;
       task.v_stride = work.width;
       task.split_stride = split_stride;
       task.num_splits = work.span.num_splits;
       task.column = target.out_start + offset;
-      task.num_columns = min(kExpandColumns, target.out_features - offset);
+      task.num_columns = min(num_columns, target.out_features - offset);
       task.scaling = entry.scaling;
       tasks[i] = task;
     }

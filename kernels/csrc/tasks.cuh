@@ -5,8 +5,8 @@
 constexpr int kVectorLength = 8;     // elements of 16 bytes
 constexpr int kTileTokens = 8;       // MBGMV: tokens of a tile; they share an adapter
 constexpr int kTileRows = 16;        // MBGMV: rank rows of a shrink task
-constexpr int kExpandTokens = 4;     // MBGMV: tokens of an expand task
-constexpr int kExpandColumns = 256;  // MBGMV: columns of y of an expand task
+constexpr int kTokenColumns = 1024;  // MBGMV: columns of y of an expand task for one token
+constexpr int kTileColumns = 512;    // MBGMV: and of one for several
 constexpr int kMaxSplits = 8;        // MBGMV: shrink tasks that share a dot product, each with a slice of it
 
 constexpr int kMatrixShrinkTokens = 64;
@@ -81,12 +81,12 @@ struct ShrinkTask {
   int pad[4];
 };
 
-// Up to 256 columns of one module's y, for up to 4 tokens.
+// Some columns of one module's y, for the tokens of a tile.
 struct ExpandTask {
   const long long* b_rows;
   int row_offset;  // first of these columns within a row of B transposed
   int rank;
-  int tokens[kExpandTokens];
+  int tokens[kTileTokens];  // rows of y; the first one again where there is none
   int v_start;  // v[v_start + s * split_stride + t * v_stride + j] is the part of slice s
   int v_stride;
   int split_stride;
@@ -127,6 +127,6 @@ struct MatrixExpandTask {
 
 static_assert(sizeof(PlanHeader) == 32 && sizeof(TaskSpan) == 32 && sizeof(Piece) == 16 && sizeof(AdapterEntry) == 24, "plan");
 static_assert(sizeof(ShrinkTask) == 128, "SHRINK_TASK_BYTES");
-static_assert(sizeof(ExpandTask) == 64, "EXPAND_TASK_BYTES");
+static_assert(sizeof(ExpandTask) == 80, "EXPAND_TASK_BYTES");
 static_assert(sizeof(MatrixShrinkTask) == 32, "MATRIX_SHRINK_TASK_BYTES");
 static_assert(sizeof(MatrixExpandTask) == 48, "MATRIX_EXPAND_TASK_BYTES");

@@ -94,8 +94,8 @@ def test_the_host_cuts_work_as_the_kernels_do() -> None:
     for name, value in {
         "kTileTokens": plan_layout.TILE_TOKENS,
         "kTileRows": plan_layout.TILE_ROWS,
-        "kExpandTokens": plan_layout.EXPAND_TOKENS,
-        "kExpandColumns": plan_layout.EXPAND_COLUMNS,
+        "kTokenColumns": plan_layout.TOKEN_COLUMNS,
+        "kTileColumns": plan_layout.TILE_COLUMNS,
         "kMaxSplits": plan_layout.VECTOR_SLICES.most,
         "kMatrixShrinkTokens": plan_layout.MATRIX_SHRINK_TOKENS,
         "kMatrixShrinkRows": plan_layout.MATRIX_SHRINK_ROWS,

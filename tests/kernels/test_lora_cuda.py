@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from kernels import step_plan
 from kernels.backend import lora_ops
 from kernels.lora import LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraRows, LoraTarget
 from kernels.lora_torch import TorchLoraOps
@@ -120,10 +121,21 @@ def add(ops: LoraOps, plan: LoraPlan, pool: Pool, tensors: Tensors, group: Group
     ops.add(tensors.y, tensors.x, pool.flat, plan, group)
 
 
+@pytest.fixture
+def mbgmm_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MBGMM computes every segment of 5 tokens or more, else only those of steps larger than these tests have."""
+    monkeypatch.setattr(step_plan, "MAX_VECTOR_WORK", 0)
+    monkeypatch.setattr(step_plan, "MAX_VECTOR_TOKENS", 4)
+
+
 @pytest.mark.parametrize("launches", LoraLaunches)
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize(("shape", "ranks"), list(itertools.product(SHAPES, RANKS)))
-def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dtype: torch.dtype, launches: LoraLaunches) -> None:
+def test_each_token_gets_the_delta_of_its_own_adapter(
+    shape: str, ranks: str, dtype: torch.dtype, launches: LoraLaunches, request: pytest.FixtureRequest
+) -> None:
+    if launches is LoraLaunches.MIXED:
+        request.getfixturevalue("mbgmm_for_few")
     groups = SHAPES[shape]
     pool = Pool(groups, RANKS[ranks], dtype)
     ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
@@ -170,6 +182,7 @@ def random_batch(chooser: random.Random, num_rows: int, num_adapters: int, launc
     return batch[: num_rows - 3]
 
 
+@pytest.mark.usefixtures("mbgmm_for_few")
 @pytest.mark.parametrize(
     ("shape", "launches", "num_adapters_of_steps"),
     [
@@ -218,34 +231,7 @@ def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(
                 assert torch.equal(bits(t.y[len(adapter_index) :]), bits(original[len(adapter_index) :]))
 
 
-def test_a_graph_of_mbgmv_alone_computes_plans_that_need_no_more() -> None:
-    dtype = torch.bfloat16
-    pool = Pool(LARGE, [16, 5, 64, 33, 8], dtype)
-    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
-    tensors = Tensors.random(LARGE[0], 40, dtype)
-    original = tensors.y.clone()
-
-    def step(plan: LoraPlan) -> None:
-        ops.begin(plan)
-        tensors.y.copy_(original)
-        add(ops, plan, pool, tensors, LARGE[0])
-
-    captured = ops.plan([], [], LoraLaunches.DECODE)
-    step(captured)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(captured)
-    for adapter_index, least in (([2, 3] * 4 + [0, 1, 4] * 9, LoraLaunches.DECODE), ([2] * 5, LoraLaunches.MIXED)):
-        plan = ops.plan(adapter_index, pool.adapters, LoraLaunches.MIXED)
-        assert plan.least_launches is least
-        step(plan)
-        expected = tensors.y.clone()
-        if least is LoraLaunches.DECODE:
-            graph.replay()
-            assert torch.equal(bits(tensors.y), bits(expected))
-
-
+@pytest.mark.usefixtures("mbgmm_for_few")
 def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_rounding() -> None:
     """The same tokens by MBGMV and, among more of their adapter, by MBGMM."""
     dtype = torch.float16

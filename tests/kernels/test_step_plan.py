@@ -16,7 +16,7 @@ from kernels.plan_layout import (
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
     MAX_VECTOR_TOKENS,
-    MIN_MATRIX_TOKENS,
+    MAX_VECTOR_WORK,
     PIECE_INTS,
     SPAN_INTS,
     Ints,
@@ -30,7 +30,7 @@ GROUPS = (
     (LoraTarget("o_proj", 520, 264, 0),),
 )
 MODULES = [target.module for group in GROUPS for target in group]
-LIMITS = LoraLimits(max_tokens=200, max_requests=24, max_rank=40)
+LIMITS = LoraLimits(max_tokens=1000, max_requests=24, max_rank=40)
 WANTED = WantedTasks(vector=40, matrix=10)
 
 
@@ -93,7 +93,7 @@ ranks_of_adapters = st.lists(st.lists(st.integers(0, LIMITS.max_rank), min_size=
 def steps(draw: st.DrawFn) -> tuple[list[int], list[list[int]], LoraLaunches]:
     ranks = draw(ranks_of_adapters)
     launches = draw(st.sampled_from(LoraLaunches))
-    runs = draw(st.lists(st.tuples(st.integers(-1, len(ranks) - 1), st.integers(1, 40)), max_size=6))
+    runs = draw(st.lists(st.tuples(st.integers(-1, len(ranks) - 1), st.integers(1, 40) | st.integers(1, 300)), max_size=6))
     index = [number for number, length in runs for _ in range(length)]
     most = LIMITS.max_requests if launches is LoraLaunches.DECODE else LIMITS.max_tokens
     return draw(st.permutations(index))[:most] if len(index) < 60 else index[:most], ranks, launches
@@ -114,7 +114,7 @@ def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[in
             seen += tokens
     assert sorted(seen) == [token for token, index in enumerate(adapter_index) if index >= 0]
     for piece in plan.segments:
-        assert launches is not LoraLaunches.DECODE and piece[2] >= MIN_MATRIX_TOKENS
+        assert launches is not LoraLaunches.DECODE and piece[2] > MAX_VECTOR_TOKENS
 
 
 def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
@@ -159,8 +159,8 @@ def check_rooms(plan: Written) -> None:
                     of_group.append((shrink_start, -(-width // 64) * -(-tokens // 64) * num_splits))
                     products.append((v_start, -(-tokens // MATRIX_STEP) * (width // MATRIX_STEP) * MATRIX_STEP_WORDS))
                 for m, (target, rank) in enumerate(zip(group, ranks, strict=True)):
-                    columns, most_tokens = (256, 4) if kind == 0 else (128, 128)
-                    num_expand = -(-target.out_features // columns) * -(-tokens // most_tokens) if rank else 0
+                    columns = 128 if kind == 1 else 1024 if tokens == 1 else 512
+                    num_expand = -(-target.out_features // columns) * -(-tokens // 128) if rank else 0
                     expand.append((int(piece[PIECE_INTS + 3 * shape.num_groups + first + m]), num_expand))
             check_disjoint(products, capacity.parts if kind == 0 else capacity.products)
             assert sum(length for _, length in of_group) == span[1]
@@ -175,11 +175,11 @@ def check_rooms(plan: Written) -> None:
     ("adapter_index", "launches"),
     [
         (list(range(24)), LoraLaunches.DECODE),
-        ([t % 24 for t in range(200)], LoraLaunches.AS_NEEDED),
-        ([t // 5 for t in range(120)], LoraLaunches.AS_NEEDED),
-        ([t // 8 for t in range(192)] + [12] * 8, LoraLaunches.MIXED),
-        ([t // 4 for t in range(96)] + [23] * 104, LoraLaunches.MIXED),
-        ([0] * 200, LoraLaunches.MIXED),
+        ([t % 24 for t in range(1000)], LoraLaunches.AS_NEEDED),
+        ([t % 24 for t in range(409)], LoraLaunches.AS_NEEDED),
+        ([t // 16 for t in range(384)] + [12] * 616, LoraLaunches.MIXED),
+        ([t // 17 for t in range(408)], LoraLaunches.MIXED),
+        ([0] * 1000, LoraLaunches.MIXED),
     ],
 )
 def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches) -> None:
@@ -190,23 +190,24 @@ def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches)
 @pytest.mark.parametrize(
     ("counts_and_ranks", "for_matrix"),
     [
-        ([(128, 8), (5, 16), (4, 40)], []),
-        ([(129, 8), (6, 8)], [0]),
-        ([(5, 32), (4, 40), (1, 8)], [0]),
+        ([(1000, 16)], []),
+        ([(409, 40), (24, 1)], []),
+        ([(409, 40), (25, 1)], [0, 1]),
+        ([(400, 40), (17, 32), (16, 40), (1, 8)], [0, 1]),
     ],
 )
-def test_segments_of_many_tokens_or_wide_ranks_go_to_the_tensor_cores(
+def test_long_segments_of_steps_with_much_work_go_to_mbgmm(
     counts_and_ranks: list[tuple[int, int]], for_matrix: list[int]
 ) -> None:
     index = [i for i, (count, _) in enumerate(counts_and_ranks) for _ in range(count)]
     plan = write(index, [[1, rank, 0, 1] for _, rank in counts_and_ranks])
     assert [int(piece[0]) // len(MODULES) for piece in plan.segments] == for_matrix
-    assert all(count <= MAX_VECTOR_TOKENS for i, (count, _) in enumerate(counts_and_ranks) if i not in for_matrix)
+    assert bool(for_matrix) == (sum(count * rank for count, rank in counts_and_ranks) > MAX_VECTOR_WORK)
 
 
 def test_steps_past_the_limits_are_caught() -> None:
-    with pytest.raises(AssertionError, match="201 tokens"):
-        write([0] * 201, [[1] * 4])
+    with pytest.raises(AssertionError, match="1001 tokens"):
+        write([0] * 1001, [[1] * 4])
     with pytest.raises(AssertionError, match="25 tokens"):
         write([0] * 25, [[1] * 4], LoraLaunches.DECODE)
     with pytest.raises(AssertionError, match="rank 41"):

@@ -20,7 +20,6 @@ from dataplane.model.layer_ops import TorchLayerOps
 from dataplane.model.layer_ops_choice import layer_ops
 from dataplane.model.step_inputs import StepArrays
 from dataplane.model.weights import ModelWeights, make_dummy_weights
-from dataplane.runner.decode_graphs import LORA_VARIANTS
 from dataplane.runner.graphed_model import GraphedModel
 from dataplane.runner.lora_scope import LoraScope
 from dataplane.runner.step_buffers import StepBuffers
@@ -235,21 +234,18 @@ def test_a_replayed_decode_equals_its_launches_bit_for_bit(world: World, scope: 
     adapters = [world.adapter(rank, SCOPES[scope]) if SCOPES[scope] else None for rank in (8, 40, 3)]
     graphs = world.model._decode
     assert graphs is not None
-    seen = set()
     for num_requests in (1, 3, 13, 24):
         step = decode_batch(world, [*adapters, None, *adapters, *adapters, *adapters, *adapters * 4][:num_requests])
         inputs = world.upload(step)
         with torch.inference_mode():
             replayed = world.model.forward(inputs, world.pool).clone()
-            found, launches, _ = graphs._steps.plan(inputs)
+            found, _ = graphs._steps.plan(inputs)
             assert found is scope
-            seen.add(launches)
-            launched = graphs._steps.make(inputs, scope, launches)
+            launched = graphs._steps.make(inputs, scope)
             graphs._steps.plan(inputs)
             graphs._logits.fill_(torch.nan)
             graphs.launch(launched)
         assert torch.equal(graphs._logits[:num_requests], replayed)
-    assert len(seen) == (1 if scope is LoraScope.NONE else 2)
 
 
 @pytest.mark.gpu
@@ -264,8 +260,8 @@ def test_a_replayed_chain_equals_its_launches_bit_for_bit(world: World, scope: L
         inputs = world.upload(step)
         with torch.inference_mode():
             replayed = world.model.forward(inputs, world.pool).clone()
-            launched = graphs._steps.make(inputs, scope, LoraLaunches.MIXED)
-            found, _, plan = graphs._steps.plan(inputs)
+            launched = graphs._steps.make(inputs, scope)
+            found, plan = graphs._steps.plan(inputs)
             assert found is scope
             expected = world.decoder.run(replace(launched, plan=plan))
         assert torch.equal(expected, replayed)
@@ -277,11 +273,11 @@ def test_a_graph_with_lora_computes_the_base_model_where_there_is_none(world: Wo
     assert graphs is not None
     inputs = world.upload(decode_batch(world, [None] * 5))
     base = world.model.forward(inputs, world.pool).clone()
-    world.decoder.lora.plan([], [], LoraLaunches.MIXED)
-    for variant in LORA_VARIANTS:
+    world.decoder.lora.plan([], [], LoraLaunches.DECODE)
+    for scope in LoraScope:
         with torch.inference_mode():
             graphs._logits.fill_(torch.nan)
-        graphs._graphs[len(inputs.token_ids), *variant].replay()
+        graphs._graphs[len(inputs.token_ids), scope].replay()
         assert torch.equal(graphs._logits[:5], base)
 
 
