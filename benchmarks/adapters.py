@@ -1,16 +1,16 @@
 """How long an adapter takes from host memory into the pool and from the store into host memory, and what it costs a decode step.
 
-Needs a CUDA device: `python -m benchmarks.adapters` writes results/adapters.json. The pool is as large as the service's; what
-hit rates, and how long requests wait for their adapters, is for the benchmark of the whole service to say.
+Needs a CUDA device: `python -m benchmarks.adapters` writes results/adapters.json. The pool is as large as the service's; hit
+rates, and how long requests wait for their adapters, are for the benchmark of the whole service to say (benchmarks.serve).
 """
 
-import argparse
 import gc
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,15 +20,17 @@ if not __package__:
 
 from adapter_store.geometry import LORA_MODULES
 from adapter_store.host_arena import HostArena
-from benchmarks.loading.bench import LoadBench, geometry_of, plain_gb_per_s
+from benchmarks.loading.bench import LoadBench, plain_gb_per_s
 from benchmarks.loading.decode import measure_slowdown, stand_in_step
 from benchmarks.loading.reads import measure_reads
-from benchmarks.model_shapes import LLAMA_3_8B, LLAMA_7B, ModelShape
-from benchmarks.result_file import RESULTS, write_result
+from benchmarks.model_shapes import ATTENTION_MODULES, LLAMA_3_8B, LLAMA_7B, ModelShape, geometry_of
+from benchmarks.options import add_result_options, make_parser
+from benchmarks.result_file import RESULTS, ResultFile
+from benchmarks.screen import show
 
 RANKS = (8, 16, 32, 64, 128)
 SETTINGS: tuple[tuple[ModelShape, tuple[str, ...]], ...] = (
-    (LLAMA_7B, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    (LLAMA_7B, ATTENTION_MODULES),
     (LLAMA_3_8B, LORA_MODULES),
 )
 ARENA_BYTES = 4 << 30
@@ -70,43 +72,55 @@ def measure_decode(bench: LoadBench, modules: Sequence[str]) -> dict[str, object
     return {"rank": STREAM_RANK, "tokens": STEP_TOKENS, **asdict(slowdown), "ratio": slowdown.ratio}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures everything, prints it and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "adapters.json")
-    parser.add_argument("--commit", help="what was measured, where it is a copy without its history")
-    options = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures everything, prints it and writes the result after each part; 1 if one failed."""
+    parser = make_parser("benchmarks.adapters", __doc__)
+    add_result_options(parser, "adapters.json")
+    args = parser.parse_args(argv)
+    out = args.out or RESULTS / "adapters.json"
+    result = ResultFile(out, ("torch",), device=torch.cuda.get_device_name(), commit=args.commit)
     torch.zeros(1, device="cuda")
-    start = time.perf_counter()
+    started_at = time.perf_counter()
     arena = HostArena(ARENA_BYTES, pin_memory=True)
-    pin_s = time.perf_counter() - start
-    measured: dict[str, object] = {
+    pin_s = time.perf_counter() - started_at
+    rows: list[dict[str, object]] = []
+    result.measured |= {
         "cuda": torch.version.cuda,
         "pinned_gb_per_s": plain_gb_per_s(torch.zeros(PLAIN_BYTES, dtype=torch.uint8).pin_memory()),
         "arena": {"bytes": ARENA_BYTES, "pin_s": pin_s},
-        "rows": [],
+        "rows": rows,
     }
-    print(measured, flush=True)
-    rows: list[dict[str, object]] = []
     for shape, modules in SETTINGS:
-        bench = LoadBench(geometry_of(shape, max(RANKS)), arena)
-        for rank in RANKS:
-            rows.append(measure_loads(bench, modules, rank))
-            print(rows[-1], flush=True)
-        if shape is LLAMA_7B:
-            measured["pool_bytes"] = bench.pool.numel() * bench.pool.element_size()
-            measured["decode"] = measure_decode(bench, modules)
-            print(measured["decode"], flush=True)
-        del bench
+        result.add(shape.name, partial(_measure_pool, shape, modules, arena, rows))
         gc.collect()
         torch.cuda.empty_cache()
-    measured["rows"] = rows
+    result.add("store", _measure_store)
+    return 1 if result.failed else 0
+
+
+def _measure_pool(
+    shape: ModelShape, modules: tuple[str, ...], arena: HostArena, rows: list[dict[str, object]]
+) -> dict[str, object]:
+    """Loads into a pool of that shape, and what they cost a step of the first one."""
+    bench = LoadBench(geometry_of(shape, max(RANKS)), arena)
+    for rank in RANKS:
+        rows.append(measure_loads(bench, modules, rank))
+        show(f"{shape.name}, rank {rank}", rows[-1])
+    if shape is not SETTINGS[0][0]:
+        return {}
+    decode = measure_decode(bench, modules)
+    show("steps beside loads", decode)
+    return {"pool_bytes": bench.pool.numel() * bench.pool.element_size(), "decode": decode}
+
+
+def _measure_store() -> dict[str, object]:
+    """Reads of images that the store has."""
+    shape, modules = SETTINGS[0]
     with tempfile.TemporaryDirectory() as directory:
-        shape, modules = SETTINGS[0]
-        measured["store"] = measure_reads(Path(directory), geometry_of(shape, max(RANKS)), STREAM_RANK, modules, NUM_READ_THREADS)
-    print(measured["store"], flush=True)
-    write_result(options.out, measured, ("torch",), device=torch.cuda.get_device_name(), commit=options.commit)
+        store = measure_reads(Path(directory), geometry_of(shape, max(RANKS)), STREAM_RANK, modules, NUM_READ_THREADS)
+    show("reads", store)
+    return {"store": store}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

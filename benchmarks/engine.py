@@ -1,44 +1,61 @@
 """How long a step of the engine takes and where the time goes: by batch, by adapters and by rank, the base model beside it.
 
-Needs a CUDA device: `python -m benchmarks.engine` writes results/engine.json. Random weights; packing, launching, sampling and
-waiting as in the service, one step ahead, without its messages. `--shape tiny --device cpu` tries the benchmark itself.
+Needs a CUDA device: `python -m benchmarks.engine` writes results/engine.json, again after each section. Random weights; packing,
+launching, sampling and waiting as in the service, one step ahead, without its messages. `--shape tiny --device cpu` tries the
+benchmark itself.
 """
 
 import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.result_file import RESULTS, cpu_name, write_result
+from adapter_store.geometry import LORA_MODULES
+from benchmarks.device_timing import device_name
+from benchmarks.model_shapes import ATTENTION_MODULES
+from benchmarks.options import DTYPES, add_device_option, add_result_options, comma_list, make_parser
+from benchmarks.result_file import RESULTS, ResultFile
+from benchmarks.screen import say, show
 from benchmarks.steps.bench import BenchOptions, StepBench
 from benchmarks.steps.claims import claims
 from benchmarks.steps.disabled_lora import WITHOUT_LORA
 from benchmarks.steps.parts import FLOOR_TB_PER_S
 from benchmarks.steps.scenarios import Row, Scenarios
-from benchmarks.steps.settings import ATTENTION_MODULES, SETTINGS, WIDE_MODULES, StepSettings
+from benchmarks.steps.settings import SETTINGS, StepSettings
 from dataplane.parts import Parts
 
-SECTIONS = ("decode", "mixed_batch", "prompts", "streaming", "base_only", "disabled", "wide")
+Json = dict[str, Any]
+
+# By the model that they run on, which is loaded once: with adapters on q, k, v and o; without any LoRA; the other shape, with
+# adapters on every linear module.
+SECTIONS = {
+    "attention": ("decode", "mixed_batch", "prompts", "streaming", "base_only"),
+    "no LoRA": ("without_lora",),
+    "wide": ("wide",),
+}
+ALL_SECTIONS = tuple(name for names in SECTIONS.values() for name in names)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints what was measured and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures section after section; 1 if one failed."""
+    parser = make_parser("benchmarks.engine", __doc__)
     parser.add_argument("--shape", choices=SETTINGS, default="llama-7b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure (everything)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "engine.json")
-    parser.add_argument("--commit", help="what was measured, where it is a copy without its history")
-    args = parser.parse_args(arguments)
+    add_device_option(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--sections", type=comma_list(str, ALL_SECTIONS), default=ALL_SECTIONS, metavar="NAME,...", help=", ".join(ALL_SECTIONS)
+    )
+    add_result_options(parser, "engine.json")
+    args = parser.parse_args(argv)
     settings = SETTINGS[args.shape]
-    measured: dict[str, Any] = {
+    packages = ("torch", "cupy-cuda13x", "flashinfer-python")
+    result = ResultFile(args.out or RESULTS / "engine.json", packages, device=device_name(args.device), commit=args.commit)
+    result.measured |= {
         "shape": settings.shape.name,
         "wide_shape": settings.wide_shape.name,
         "dtype": args.dtype,
@@ -47,91 +64,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "most_adapters": settings.max_large,
         "floor_tb_per_s": FLOOR_TB_PER_S,
     }
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    packages = ("torch", "cupy-cuda13x") if args.device == "cuda" else ("torch",)
-    for measure in (_measure, _measure_without_lora, _measure_wide):
-        measured |= measure(settings, args)
-        measured["claims"] = claims(measured)
-        # After each part: one that fails must not take along what the others measured.
-        write_result(args.out, measured, packages, device=device, commit=args.commit)
-        # What the next one loads takes the room of this one.
-        gc.collect()
-        torch.cuda.empty_cache()
-    for claim in measured["claims"]:
-        print(
-            f"{'holds' if claim['holds'] else 'FAILS'}  {claim['value']:.3f} <= {claim['limit']:g}  {claim['what']}", flush=True
-        )
-    return 0
+    for model, names in SECTIONS.items():
+        wanted = [name for name in names if name in args.sections]
+        if wanted:
+            _measure_on(model, wanted, settings, args, result)
+            # What the next one loads takes the room of this one.
+            gc.collect()
+            torch.cuda.empty_cache()
+    for claim in claims(result.measured):
+        verdict = "holds" if claim["holds"] else "FAILS"
+        print(f"{verdict}  {claim['value']:.3f} <= {claim['limit']:g}  {claim['what']}", flush=True)
+    return 1 if result.failed else 0
 
 
-def _measure(settings: StepSettings, args: argparse.Namespace) -> dict[str, Any]:
-    """The shape with adapters on q, k, v and o."""
-    if not set(args.sections) - {"disabled", "wide"}:
+def _measure_on(model: str, names: Sequence[str], settings: StepSettings, args: argparse.Namespace, result: ResultFile) -> None:
+    """Loads one model and measures sections on it."""
+    loaded: list[Scenarios] = []
+
+    def load() -> Json:
+        started_at = time.monotonic()
+        bench = _load(model, settings, args)
+        say(f"{model}: loaded in {time.monotonic() - started_at:.1f} s, {bench.loaded.limits.num_pages} pages")
+        loaded.append(Scenarios(bench, settings))
         return {}
-    scenarios = _load(settings, args, settings.ranks)
-    measured: dict[str, Any] = {}
-    if "decode" in args.sections:
-        measured["decode"] = []
-        for batch in settings.batches:
-            measured["decode"] += _timed(f"batch {batch}", partial(scenarios.decode_rows, batch))
-    if "mixed_batch" in args.sections:
-        measured["mixed_batch"] = _timed("mixed batch", scenarios.mixed_batch)
-    if "prompts" in args.sections:
-        measured["prompts"] = _timed("prompts", scenarios.prompt_rows)
-    # On the CPU nothing is copied beside a step.
-    if "streaming" in args.sections and args.device == "cuda":
-        measured["streaming"] = _timed("streaming", scenarios.streaming_rows)
-    if "base_only" in args.sections:
-        measured |= _timed("base only", scenarios.base_only)
-    return measured
+
+    if not result.add(", ".join(names), load):
+        return
+    (scenarios,) = loaded
+    for name in names:
+        for title, measure in _parts(name, scenarios, settings, result.measured):
+            started_at = time.monotonic()
+            if not result.add(title, measure):
+                scenarios.clear()
+            say(f"{title}: {time.monotonic() - started_at:.1f} s")
 
 
-def _measure_without_lora(settings: StepSettings, args: argparse.Namespace) -> dict[str, Any]:
-    """A data plane that has no LoRA at all."""
-    if "disabled" not in args.sections:
-        return {}
-    scenarios = _load(settings, args, without_lora=True)
-    return {"without_lora": _timed("without LoRA", scenarios.base_only)["base_only"]}
-
-
-def _measure_wide(settings: StepSettings, args: argparse.Namespace) -> dict[str, Any]:
-    """The other shape, with adapters of mixed ranks on every linear module."""
-    if "wide" not in args.sections:
-        return {}
-    return {"wide": _timed("wide", _load(settings, args, settings.wide_ranks, wide=True).wide_rows)}
-
-
-def _load(
-    settings: StepSettings, args: argparse.Namespace, ranks: tuple[int, ...] = (), wide: bool = False, without_lora: bool = False
-) -> Scenarios:
-    started_at = time.monotonic()
+def _load(model: str, settings: StepSettings, args: argparse.Namespace) -> StepBench:
+    is_wide = model == "wide"
+    ranks = {"attention": settings.ranks, "no LoRA": (), "wide": settings.wide_ranks}[model]
     options = BenchOptions(
         device=args.device,
         dtype=args.dtype,
         max_num_seqs=settings.max_num_seqs,
         token_budget=settings.token_budget,
-        num_tokens=settings.num_tokens(settings.max_num_seqs if ranks and not wide else settings.max_large),
-        modules=WIDE_MODULES if wide else ATTENTION_MODULES,
+        num_tokens=settings.num_tokens(settings.max_num_seqs if model == "attention" else settings.max_large),
+        modules=LORA_MODULES if is_wide else ATTENTION_MODULES,
         ranks=ranks,
-        num_places=settings.num_places if ranks and not wide else 0,
+        num_places=settings.num_places if model == "attention" else 0,
     )
-    bench = StepBench(settings.wide_shape if wide else settings.shape, options, WITHOUT_LORA if without_lora else Parts())
-    print(f"loaded in {time.monotonic() - started_at:.1f} s, {bench.loaded.limits.num_pages} pages", flush=True)
-    return Scenarios(bench, settings)
+    return StepBench(settings.wide_shape if is_wide else settings.shape, options, Parts() if ranks else WITHOUT_LORA)
 
 
-def _timed(name: str, measure: Callable[[], Any]) -> Any:
-    """What it measures, printed a line for each row, with how long that took."""
-    started_at = time.monotonic()
-    found = measure()
-    print(f"{name}: {time.monotonic() - started_at:.1f} s", flush=True)
-    for row in found if isinstance(found, list) else [found]:
-        print(f"  {_line(row)}", flush=True)
-    return found
+def _parts(name: str, scenarios: Scenarios, settings: StepSettings, measured: Json) -> Iterator[tuple[str, Callable[[], Json]]]:
+    """What is measured and written by itself: a section, or one of its batches."""
+    match name:
+        case "decode":
+            for batch in settings.batches:
+                yield f"decode, batch {batch}", partial(_decode, scenarios, batch, measured)
+        case "mixed_batch":
+            yield name, lambda: {name: _shown(name, scenarios.mixed_batch())}
+        case "prompts":
+            yield name, lambda: {name: [_shown(name, row) for row in scenarios.prompt_rows()]}
+        case "streaming":
+            # On the CPU nothing is copied beside a step.
+            if scenarios.is_cuda:
+                yield name, lambda: {name: [_shown(name, row) for row in scenarios.streaming_rows()]}
+        case "base_only":
+            yield name, lambda: {key: _shown(key, row) for key, row in scenarios.base_only().items()}
+        case "without_lora":
+            yield name, lambda: {name: _shown(name, scenarios.base_only()["base_only"])}
+        case "wide":
+            yield name, lambda: {name: [_shown(name, row) for row in scenarios.wide_rows()]}
 
 
-# Of the columns of a row, what a line on the screen has room for, by short names.
-_SHOWN = {
+def _decode(scenarios: Scenarios, batch: int, measured: Json) -> Json:
+    """Rows of one batch, behind those of the batches before."""
+    return {"decode": measured.get("decode", []) + [_shown("decode", row) for row in scenarios.decode_rows(batch)]}
+
+
+# Of the columns of a row, what a reader of the screen wants to see, by short names.
+_COLUMNS = {
     "step_ms": "step",
     "times_base": "x base",
     "times_floor": "x floor",
@@ -157,14 +169,13 @@ _SHOWN = {
 }
 
 
-def _line(row: Row) -> str:
-    """Numbers of a row, or of the only row within it."""
-    for inner in row.values():
-        if isinstance(inner, dict):
-            return _line(inner)
-    names = [str(row[name]) for name in ("batch", "decodes", "prompt_tokens", "adapters") if name in row]
-    numbers = [f"{short} {value:.2f}" for name, short in _SHOWN.items() if isinstance(value := row.get(name), float)]
-    return f"{' / '.join(names)}: {' '.join(numbers)}"
+def _shown(section: str, row: Row) -> Row:
+    """The row, when it was shown."""
+    about = [str(row[name]) for name in ("batch", "decodes", "prompt_tokens", "adapters") if name in row]
+    show(
+        " / ".join([section, *about]), {short: row[name] for name, short in _COLUMNS.items() if isinstance(row.get(name), float)}
+    )
+    return row
 
 
 if __name__ == "__main__":

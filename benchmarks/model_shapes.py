@@ -1,7 +1,7 @@
 """The shapes of the base models that are measured, and directories that hold such a shape and nothing else.
 
 A directory with a config.json alone is served with random weights: `--model DIR --load-format dummy`. Make one with
-`python -m benchmarks.model_shapes llama-7b DIR`. Knows nothing of adapters or loads.
+`python -m benchmarks.model_shapes llama-7b DIR`. Knows nothing of what is asked of them.
 """
 
 import argparse
@@ -10,7 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_store.geometry import LORA_MODULES, BaseGeometry, LinearShape
+
 CONFIG_FILE = "config.json"
+# A real model, for its tokenizer.
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo" / "base"
+# The linear modules that the paper's adapters change: q, k, v and o.
+ATTENTION_MODULES = LORA_MODULES[:4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,23 @@ LLAMA_70B = ModelShape("llama-70b", 80, 8192, 64, 64, 24576, 32000, 2048)
 LLAMA_3_8B = ModelShape("llama-3-8b", 32, 4096, 32, 8, 14336, 128256, 8192, 500000.0)
 
 SHAPES = {shape.name: shape for shape in (LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, LLAMA_3_8B)}
+
+
+def geometry_of(shape: ModelShape, max_lora_rank: int = 64, dtype: str = "bfloat16") -> BaseGeometry:
+    """A base of this shape as adapters and pages see it."""
+    hidden, kv_dim, ffn = shape.hidden_size, shape.num_kv_heads * shape.head_dim, shape.intermediate_size
+    in_features = (*(hidden,) * 6, ffn)
+    out_features = (hidden, kv_dim, kv_dim, hidden, ffn, ffn, hidden)
+    return BaseGeometry(
+        model_name=shape.name,
+        fingerprint=shape.name.encode().hex().ljust(64, "0"),
+        dtype=dtype,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        modules=tuple(map(LinearShape, LORA_MODULES, in_features, out_features)),
+        max_lora_rank=max_lora_rank,
+    )
 
 
 def write_config(shape: ModelShape, directory: Path, dtype: str = "bfloat16") -> Path:

@@ -1,19 +1,23 @@
 """A data plane that computes nothing but speaks the real protocol, for benchmarks and tests of the control plane.
 
-Serves a NullEngine over gRPC: `python -m benchmarks.null_data_plane --listen ADDRESS`.
+Serves a NullEngine over gRPC: `python -m benchmarks.null_data_plane --listen ADDRESS`. It takes the seat of `python -m dataplane`
+where a benchmark starts a service.
 """
 
 import argparse
 import asyncio
 import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import grpc
 
-from benchmarks.clock_engine import ClockEngine, StampEngine
+from benchmarks.model_shapes import SHAPES, geometry_of
 from benchmarks.null_engine import NullConfig, NullEngine
+from benchmarks.streaming.clock_engine import ClockEngine, StampEngine
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
 from protos.planes import BatchUpdate, Hello, StepReport, reports_to_proto, run_request_from_proto
@@ -169,7 +173,7 @@ async def serve(
 
 async def _serve_forever(listen: str, config: NullConfig, engine_type: Callable[[NullConfig, int], NullEngine]) -> None:
     async with serve(listen, config, engine_type=engine_type):
-        print("ready", flush=True)
+        print(json.dumps({"event": "ready", "listen": listen}), flush=True)  # as the real one
         await asyncio.Event().wait()
 
 
@@ -187,8 +191,15 @@ def main() -> None:
         default="null",
         help="null books pages as the real one does; clock costs nothing; stamps too, and its tokens are times",
     )
+    parser.add_argument("--shape", choices=SHAPES, help="of the base that adapters must fit (a tiny one)")
+    parser.add_argument("--max-lora-rank", type=int, default=64, help="with --shape")
+    seat = parser.add_argument_group("options of the real one, which mean nothing here")
+    for option in ("--model", "--store-dir", "--progress"):
+        seat.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = NullConfig(num_pages=args.num_pages, max_num_seqs=args.max_num_seqs, step_s=args.step_ms / 1000)
+    if args.shape:
+        config = replace(config, geometry=geometry_of(SHAPES[args.shape], args.max_lora_rank))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve_forever(args.listen, config, _ENGINES[args.engine]))
 

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.loading.section import adapters_section
+from benchmarks.lora.section import kernels_section
 from benchmarks.markdown import table
 from benchmarks.result_file import RESULTS
 from benchmarks.serving.section import serving_section
@@ -17,14 +19,6 @@ HEAD = """# Performance
 
 Written by `make report` from [benchmarks/results](../benchmarks/results); every table says where, with what and from which
 commit its numbers come. Ratios compare what ran in one and the same run.
-"""
-
-KERNELS = """## The LoRA part of one step
-
-Shrink and expand of all {layers} layers in one CUDA graph, bfloat16. Llama-7B shape with q, k, v and o unless the row says
-otherwise; random weights. *floor*: the bytes that must move, at the {device_tb_per_s:.2f} TB/s that a plain kernel reached in
-the same run. *padded bmm*: `torch.bmm` over weights padded to the largest rank; *loop*: one adapter after the other (both timed
-on {baseline_layers} layers and scaled). Milliseconds, medians.
 """
 
 CONTROL_PLANE = """## The control plane
@@ -40,34 +34,32 @@ SCHEDULING = (
 )
 
 
+REGISTRATION = """## Registering adapters
+
+{count} adapters of random weights, {image_mib:.0f} MiB each ({shape}, ranks {rank_list}), {concurrency} calls at a time through
+the admin RPC; each image is made, hashed, written to the store and synced: {adapters_per_s:.0f} a second, {mib_per_s:,.0f} MiB/s.
+A call takes {call_p50_ms:.0f} ms, p99 {call_p99_ms:.0f}. In one thread, making and hashing an image takes
+{make_and_hash:.0f} ms, writing it {write_and_sync:.0f}.
+"""
+
+
 def main() -> None:
     """Writes the page from the results that are there."""
+    write_page(RESULTS, PAGE)
+
+
+def write_page(results: Path, page: Path) -> None:
+    """From all results in a directory; plots go beside the page."""
     sections = [HEAD]
-    serving = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("serving_*.json"))}
+    serving = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("serving_*.json"))}
     if serving:
-        sections.append("\n".join(serving_section(serving, PAGE.parent, _source)))
+        sections.append("\n".join(serving_section(serving, page.parent, _source)))
     for name, write in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
+        path = results / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
             sections.append("\n".join([*write(result), "", _source(name, result)]) + "\n")
-    PAGE.write_text("\n".join(sections))
-
-
-def _kernels(result: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            row["name"],
-            f"{row['median_ms']:.3f}",
-            f"{row['target_ms']:g}" if row["target_ms"] else "",
-            f"{row['floor_ms']:.3f}",
-            f"{row['tb_per_s']:.2f}",
-            f"{row['padded_bmm_ms']:.1f}",
-            f"{row['adapter_loop_ms']:.1f}",
-        ]
-        for row in result["rows"]
-    ]
-    return [KERNELS.format(**result), *table(["", "ours", "target", "floor", "TB/s", "padded bmm", "loop"], rows)]
+    page.write_text("\n".join(sections))
 
 
 def _control_plane(result: dict[str, Any]) -> list[str]:
@@ -90,19 +82,28 @@ def _control_plane(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _registration(result: dict[str, Any]) -> list[str]:
+    ranks = ", ".join(map(str, result["ranks"]))
+    return [REGISTRATION.format(**result, **result["one_thread_ms"], rank_list=ranks)]
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "kernels": _kernels,
+    "kernels": kernels_section,
     "engine": steps_section,
     "adapters": adapters_section,
     "churn": soak_section,
     "control_plane": _control_plane,
+    "registration": _registration,
 }
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
+    """Where a result comes from, and what is missing from it."""
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     command = result.get("command", f"python -m benchmarks.{name}")
-    return f"*{result['device']}; {versions}; commit {result['commit']}, {result['date'][:10]}; `{command}`.*"
+    source = f"*{result['device']}; {versions}; commit {result['commit']}, {result['date'][:10]}; `{command}`.*"
+    failed = [f"{part} ({error.splitlines()[0]})" for part, error in result.get("failed", {}).items()]
+    return source + (f"\n\nNot measured, as it failed: {'; '.join(failed)}." if failed else "")
 
 
 if __name__ == "__main__":

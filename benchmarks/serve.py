@@ -1,6 +1,7 @@
 """Measures a service under the load of the S-LoRA paper: throughput, latencies, attainment; its own or one that runs already.
 
     python -m benchmarks.serve --setting S1 --adapters 5,100,1000,2000 --base-only --rates 50%,80%,95% --duration 60
+    python -m benchmarks.serve --setting S1 --fixed 64x128x256,32x128x256:32 --repeat 3
     python -m benchmarks.serve --target 127.0.0.1:50051 --adapters 20 --rates 4
     python -m benchmarks.serve --openai http://127.0.0.1:8000 --base-model llama-7b --adapters 32 --system vllm
 
@@ -16,14 +17,15 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from benchmarks.model_shapes import write_config
+from benchmarks.process import ProcessFailedError
 from benchmarks.result_file import cpu_name, write_result
+from benchmarks.screen import say
 from benchmarks.serving import screen
 from benchmarks.serving.adapters import check_count, host_cache_bytes, provide_adapters
 from benchmarks.serving.bench import Bench, BenchError, Server
@@ -33,7 +35,7 @@ from benchmarks.serving.grpc_driver import GrpcTarget
 from benchmarks.serving.load_samples import LoadSampler
 from benchmarks.serving.metrics import SLO_S
 from benchmarks.serving.options import Options, parse_options, with_options
-from benchmarks.serving.service import RunningService, ServiceFailedError, ServiceOptions, running_service
+from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 
 PACKAGES = ("torch", "cupy-cuda13x", "flashinfer-python", "grpcio", "numpy")
 
@@ -49,23 +51,22 @@ class Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes all runs and writes the result file after each, so that what is measured is not lost."""
+    """Makes all runs and writes the result file after each, so that what is measured is not lost. 1 if one could not be made."""
     options = parse_options(argv, __doc__)
     try:
         with ExitStack() as stack:
             service = _start_service(options, stack)
-            asyncio.run(_measure_watched(options, service))
+            return asyncio.run(_measure_watched(options, service))
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call), "a failed call of a stub is a Call"
-        screen.say(f"{error.code().name}: {error.details()}")
+        say(f"{error.code().name}: {error.details()}")
         return 1
-    except (BenchError, ClientFailedError, ServiceFailedError, ValueError, OSError) as error:
-        screen.say(str(error))
+    except (BenchError, ClientFailedError, ProcessFailedError, ValueError, OSError) as error:
+        say(str(error))
         return 1
     except KeyboardInterrupt:
-        screen.say("interrupted")
+        say("interrupted")
         return 130
-    return 0
 
 
 def _start_service(options: Options, stack: ExitStack) -> RunningService | None:
@@ -80,26 +81,25 @@ def _start_service(options: Options, stack: ExitStack) -> RunningService | None:
         write_config(options.setting.shape, model_dir)
         cache_bytes = host_cache_bytes(options.setting.shape, options.adapters)
         data_plane = with_options(data_plane, {"--host-cache-bytes": str(cache_bytes)})
-    screen.say(f"starting {data_plane}; {control_plane}")
+    say(f"starting {data_plane}; {control_plane}")
     service = ServiceOptions(model_dir, options.state_dir, options.adapters.directory, data_plane, control_plane)
     return stack.enter_context(running_service(service))
 
 
-async def _measure_watched(options: Options, service: RunningService | None) -> None:
+async def _measure_watched(options: Options, service: RunningService | None) -> int:
     """Ends when a plane of our own ends, and does not wait for answers that nobody will give."""
     work = asyncio.create_task(_measure(options, service))
-    tasks = [work] if service is None else [work, asyncio.create_task(service.watch())]
+    tasks: list[asyncio.Task[Any]] = [work] if service is None else [work, asyncio.create_task(service.watch())]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            await task
+        return max([int(await task) for task in done])
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _measure(options: Options, service: RunningService | None) -> None:
+async def _measure(options: Options, service: RunningService | None) -> int:
     async with AsyncExitStack() as stack:
         measured = await stack.enter_async_context(_ready(options, service))
         clients = stack.enter_context(Clients(measured.target, options.num_clients))
@@ -107,13 +107,21 @@ async def _measure(options: Options, service: RunningService | None) -> None:
         if options.num_warm_up:
             await bench.warm_up(options.num_warm_up)
         runs: list[dict[str, Any]] = []
+        num_failed = 0
         for plan in options.runs:
-            with screen.run_progress(plan) as on_progress:
-                run = await bench.run(plan, on_progress)
+            try:
+                with screen.run_progress(plan) as on_progress:
+                    run = await bench.run(plan, on_progress)
+            except (BenchError, TimeoutError) as error:
+                say(f"{screen.name_of(plan)}: {error}")
+                num_failed += 1
+                continue
             screen.show_run(plan, run)
             runs.append(run)
             _write(options, measured, runs)
-        screen.say(f"written to {options.out}")
+        if runs:
+            say(f"written to {options.out}")
+        return 1 if num_failed else 0
 
 
 @asynccontextmanager
@@ -133,11 +141,12 @@ async def _ready(options: Options, service: RunningService | None) -> AsyncItera
         names, registration = await provide_adapters(target, channel, options.adapters)
         check_count(names, options.num_adapters)
         if registration:
-            screen.say(f"{registration['count']} adapters registered, {registration['per_s']:.0f} a second")
+            say(f"{registration['count']} adapters registered, {registration['per_s']:.0f} a second")
         plane = info.data_planes[0]
         about = {
             "data_plane": options.data_plane if service is not None else None,
             "control_plane": options.control_plane if service is not None else None,
+            "idle_prefetch": options.idle_prefetch if service is not None else None,
             "model": info.base_model,
             "dtype": plane.dtype,
             "pool": {"num_pages": plane.num_pages, "page_tokens": plane.page_tokens, "page_bytes": plane.page_bytes},
@@ -169,20 +178,8 @@ def _write(options: Options, measured: Measured, runs: list[dict[str, Any]]) -> 
         "sent_slo_s": options.slo_s,
         **measured.about,
     }
-    device = options.device or measured.device
-    write_result(options.out, {**about, "runs": runs}, _installed(), device=device, commit=options.commit)
-
-
-def _installed() -> tuple[str, ...]:
-    """Packages whose versions matter, of those that are there."""
-    found = []
-    for package in PACKAGES:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            continue
-        found.append(package)
-    return tuple(found)
+    device = options.device_name or measured.device
+    write_result(options.out, {**about, "runs": runs}, PACKAGES, device=device, commit=options.commit)
 
 
 if __name__ == "__main__":

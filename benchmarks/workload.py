@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.model_shapes import LLAMA_3_8B, LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, ModelShape
+from adapter_store.geometry import LORA_MODULES
+from benchmarks.model_shapes import ATTENTION_MODULES, LLAMA_3_8B, LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, ModelShape
 from benchmarks.serving.trace import TraceRequest, to_line
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 # Prompts and outputs have lengths uniform on [8, 512), each.
 LENGTHS = (8, 512)
@@ -30,7 +28,7 @@ class Setting:
     name: str
     shape: ModelShape
     ranks: tuple[int, ...]
-    modules: tuple[str, ...] = ATTENTION
+    modules: tuple[str, ...] = ATTENTION_MODULES
 
 
 # S3 has no results in the paper. M1 is not of the paper: a base of today, and every linear layer adapted.
@@ -42,7 +40,7 @@ SETTINGS = {
         Setting("S4", LLAMA_13B, (64, 32, 16)),
         Setting("S5", LLAMA_30B, (32,)),
         Setting("S6", LLAMA_70B, (64,)),
-        Setting("M1", LLAMA_3_8B, (8, 16, 32, 64), ALL_LINEAR),
+        Setting("M1", LLAMA_3_8B, (8, 16, 32, 64), LORA_MODULES),
     )
 }
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from adapter_store.dummy_adapter import DummyAdapter, build_dummy
-from adapter_store.geometry import BaseGeometry, LinearShape
+from adapter_store.geometry import BaseGeometry
 from adapter_store.host_arena import HostArena
 from adapter_store.image import TORCH_DTYPES, AdapterImage
-from benchmarks.model_shapes import ModelShape
+from benchmarks.device_timing import Times
 from dataplane.memory.adapter_copy import TensorCopier
 
 # Copied from one after the other, so that none is read out of the processor's caches.
@@ -24,31 +24,10 @@ MAX_ROTATION = 32
 NUM_REPEATS = 25
 
 
-def geometry_of(shape: ModelShape, max_lora_rank: int) -> BaseGeometry:
-    """Pages and modules of a shape in bfloat16."""
-    hidden, kv, wide = shape.hidden_size, shape.num_kv_heads * shape.head_dim, shape.intermediate_size
-    widths = {
-        "q_proj": (hidden, hidden),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (hidden, wide),
-        "up_proj": (hidden, wide),
-        "down_proj": (wide, hidden),
-    }
-    modules = tuple(LinearShape(name, *width) for name, width in widths.items())
-    return BaseGeometry(
-        shape.name, shape.name, "bfloat16", shape.num_layers, shape.num_kv_heads, shape.head_dim, modules, max_lora_rank
-    )
-
-
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Of one load, in milliseconds. host_us: of the call that starts it."""
+class LoadTimes(Times):
+    """Of one load. host_us: of the call that starts it."""
 
-    median_ms: float
-    min_ms: float
-    max_ms: float
     host_us: float
 
 
@@ -80,7 +59,7 @@ class LoadBench:
         """Pages of which no two are neighbours."""
         return self._random.sample(range(0, self.num_pages, 2), num_pages)
 
-    def time_loads(self, images: Sequence[AdapterImage], pages_of: Callable[[int], list[int]]) -> Times:
+    def time_loads(self, images: Sequence[AdapterImage], pages_of: Callable[[int], list[int]]) -> LoadTimes:
         """One load at a time on an idle device, from the call to the end of the copy as the host sees it."""
         times, host = [], []
         for i in range(NUM_REPEATS + 3):
@@ -94,7 +73,7 @@ class LoadBench:
             host.append((started - start) * 1e6)
         self._check(images[0], pages_of(images[0].num_pages))
         times, host = times[3:], host[3:]
-        return Times(statistics.median(times), min(times), max(times), statistics.median(host))
+        return LoadTimes(statistics.median(times), min(times), max(times), statistics.median(host))
 
     def loads_per_s(self, images: Sequence[AdapterImage], pages_of: Callable[[int], list[int]]) -> float:
         """Loads back to back, without waiting for one before the next."""

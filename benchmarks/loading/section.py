@@ -24,16 +24,15 @@ def adapters_section(result: dict[str, Any]) -> list[str]:
     """The text and the table."""
     modules = {row["shape"]: row["modules"] for row in result["rows"]}
     shapes = "; ".join(f"{shape} with {count} modules" for shape, count in modules.items())
-    decode, store, arena = result["decode"], result["store"], result["arena"]
     head = ["", "MiB", "pages", "plain", "one run", "GB/s", "single pages", "GB/s", "host"]
-    return [
-        ADAPTERS.format(pool_gib=result["pool_bytes"] / 2**30, shapes=shapes, **result),
-        *table(head, [_row(row) for row in result["rows"]]),
-        "",
-        DECODE.format(more=decode["ratio"] - 1, **decode),
-        "",
-        STORE.format(mib=store["bytes"] / 2**20, arena_gib=arena["bytes"] / 2**30, pin_s=arena["pin_s"], **store),
-    ]
+    pool_gib = result["pool_bytes"] / 2**30
+    lines = [ADAPTERS.format(pool_gib=pool_gib, shapes=shapes, **result), *table(head, [_row(row) for row in result["rows"]]), ""]
+    decode, store, arena = result["decode"], result.get("store"), result["arena"]
+    lines += [DECODE.format(more=decode["ratio"] - 1, **decode)]
+    if store is not None:
+        arena_gib = arena["bytes"] / 2**30
+        lines += ["", STORE.format(mib=store["bytes"] / 2**20, arena_gib=arena_gib, pin_s=arena["pin_s"], **store)]
+    return lines
 
 
 def _row(row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """The adapters of a run: registered anew with random weights or from directories, or those that a service has already."""
 
-import asyncio
 import re
 import time
 from collections.abc import Sequence
@@ -10,15 +9,13 @@ from typing import Any
 
 import grpc
 
-from benchmarks.model_shapes import ModelShape
+from benchmarks.model_shapes import ModelShape, geometry_of
+from benchmarks.registering import TIMEOUT_S, dummy_requests, path_requests, register_all
 from benchmarks.serving.grpc_driver import GrpcTarget
 from protos.loraplane.v1 import adapter_pb2 as pb
 from protos.loraplane.v1 import adapter_pb2_grpc as pb_grpc
 
-_RPC_TIMEOUT_S = 120.0
 _PAGE_SIZE = 1000
-_CONCURRENCY = 16
-BYTES_PER_ELEM = 2
 # Of the data plane's host cache: beside the adapters themselves, at the least, and of the memory that is free.
 CACHE_SPARE, MIN_CACHE_BYTES, MAX_MEMORY_SHARE = 1.05, 256 << 20, 0.6
 
@@ -39,27 +36,24 @@ class AdapterPlan:
 
 async def provide_adapters(target: GrpcTarget, channel: grpc.aio.Channel, plan: AdapterPlan) -> tuple[list[str], dict[str, Any]]:
     """The names, in the order of their numbers, and what registering them took."""
-    if not plan.ranks and plan.directory is None:
-        return await _listed(target, channel), {}
-    started = time.monotonic()
     if plan.directory is not None:
-        names = await _register_directories(target, channel, plan.directory)
+        requests = path_requests(sorted(path.parent for path in plan.directory.glob("*/adapter_config.json")))
+    elif plan.ranks:
+        requests = dummy_requests(plan.ranks, plan.modules, plan.count, plan.seed)
     else:
-        # Here and not above: it brings torch, which the client processes do without.
-        from benchmarks.dummy_adapters import register_dummy_adapters
-
-        names = await register_dummy_adapters(channel, plan.ranks, plan.modules, plan.count, plan.seed, _CONCURRENCY)
-    elapsed_s = time.monotonic() - started
-    return names, {"count": len(names), "elapsed_s": elapsed_s, "per_s": len(names) / elapsed_s}
+        return await _listed(target, channel), {}
+    started_at = time.monotonic()
+    done = await register_all(channel, requests, metadata=target.metadata)
+    elapsed_s, count = time.monotonic() - started_at, len(done.times_s)
+    return done.names, {"count": count, "elapsed_s": elapsed_s, "per_s": count / elapsed_s}
 
 
 def total_bytes(shape: ModelShape, plan: AdapterPlan) -> int:
     """What all adapters of random weights take in host memory."""
-    hidden, ffn, kv_dim = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim
-    out_features = {"k_proj": kv_dim, "v_proj": kv_dim, "gate_proj": ffn, "up_proj": ffn}
-    row_elems = sum((ffn if name == "down_proj" else hidden) + out_features.get(name, hidden) for name in plan.modules)
+    geometry = geometry_of(shape)
+    row_elems = sum(m.in_features + m.out_features for m in geometry.modules if m.name in plan.modules)
     rows = sum(plan.ranks[i % len(plan.ranks)] for i in range(plan.count)) if plan.ranks else 0
-    return rows * row_elems * shape.num_layers * BYTES_PER_ELEM
+    return rows * row_elems * geometry.num_layers * geometry.dtype_bytes
 
 
 def host_cache_bytes(shape: ModelShape, plan: AdapterPlan, meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -73,18 +67,6 @@ def host_cache_bytes(shape: ModelShape, plan: AdapterPlan, meminfo: Path = Path(
     return min(wanted, int(MAX_MEMORY_SHARE * 1024 * int(found[1]))) if found else wanted
 
 
-async def _register_directories(target: GrpcTarget, channel: grpc.aio.Channel, directory: Path) -> list[str]:
-    stub = pb_grpc.AdapterServiceStub(channel)
-    paths = sorted(path.parent.resolve() for path in directory.glob("*/adapter_config.json"))
-
-    async def register(path: Path) -> None:
-        request = pb.RegisterAdapterRequest(name=path.name, source=pb.AdapterSource(path=str(path)))
-        await stub.RegisterAdapter(request, timeout=_RPC_TIMEOUT_S, metadata=target.metadata)
-
-    await asyncio.gather(*(register(path) for path in paths))
-    return [path.name for path in paths]
-
-
 async def _listed(target: GrpcTarget, channel: grpc.aio.Channel) -> list[str]:
     """Oldest first: in the order in which they were registered."""
     stub = pb_grpc.AdapterServiceStub(channel)
@@ -92,7 +74,7 @@ async def _listed(target: GrpcTarget, channel: grpc.aio.Channel) -> list[str]:
     page_token = ""
     while True:
         request = pb.ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=page_token, order_by="create_time")
-        answer = await stub.ListAdapters(request, timeout=_RPC_TIMEOUT_S, metadata=target.metadata)
+        answer = await stub.ListAdapters(request, timeout=TIMEOUT_S, metadata=target.metadata)
         names += [adapter.name for adapter in answer.adapters]
         page_token = answer.next_page_token
         if not page_token:

@@ -4,6 +4,7 @@ Knows neither how the server was started nor which protocol it speaks.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from benchmarks.serving.plan import Rate, RunPlan, Workload, draw_trace
 from benchmarks.serving.process_cpu import CpuMeter
 from benchmarks.serving.trace import TraceRequest
 
-IDLE_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 120.0
 SAMPLE_S = 1.0
 # Of the requests before the first run, which are not measured.
 WARM_UP_LENGTHS = (8, 64)
@@ -56,8 +57,8 @@ class Bench:
         self._workload = workload
         self._slo_s = slo_s
         self._num_runs = 0
-        # Saturated requests a second, lowest first asked for: of runs with adapters, else of the base model.
-        self._saturated: dict[int, float] = {}
+        # Saturated requests a second by number of adapters, of every run.
+        self._saturated: dict[int, list[float]] = {}
 
     async def warm_up(self, num_requests: int) -> None:
         """Short requests at once, of base and a few adapters: what is done once is done before anything is measured.
@@ -92,7 +93,7 @@ class Bench:
             cpu_s = cpu.read()
         measured = measure(run.outcomes, run.wall_s, self._slo_s)
         if plan.kind == "saturated":
-            self._saturated[plan.num_adapters] = measured["requests_per_s"]
+            self._saturated.setdefault(plan.num_adapters, []).append(measured["requests_per_s"])
         return {
             **self._about(plan, rate),
             **measured,
@@ -105,6 +106,8 @@ class Bench:
         about: dict[str, Any] = {"kind": plan.kind, "num_adapters": plan.num_adapters}
         if plan.trace is not None:
             return {**about, "trace": plan.trace.name}
+        if plan.fixed is not None:
+            return {**about, "fixed": str(plan.fixed)}
         about |= {"alpha": self._workload.alpha, "seed": self._workload.seed, "lengths": list(self._workload.lengths)}
         if plan.rate is None:
             return about
@@ -114,9 +117,10 @@ class Bench:
     def _rate(self, rate: Rate | None) -> float | None:
         if rate is None or not rate.is_share:
             return rate.value if rate else None
-        rates = [reached for n, reached in self._saturated.items() if n] or list(self._saturated.values())
-        if not rates:
+        if not self._saturated:
             raise BenchError(f"a rate of {rate.value:.0%} needs a saturated run before it")
+        reached = {n: statistics.median(rates) for n, rates in self._saturated.items()}
+        rates = [rate for n, rate in reached.items() if n] or list(reached.values())
         # One for all numbers of adapters, so that they can be compared; the lowest, so that all can bear it.
         return rate.value * min(rates)
 

@@ -14,7 +14,9 @@ from benchmarks.serving.grpc_driver import GrpcTarget
 from protos.loraplane.v1 import system_pb2, system_pb2_grpc
 
 _RPC_TIMEOUT_S = 30.0
-_IDLE_POLL_S = 0.1
+_IDLE_POLL_S = 0.05
+# Looks that are all alike.
+_NUM_SETTLED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,21 @@ class LoadSampler:
         )
 
     async def wait_idle(self, timeout_s: float) -> None:
-        """Until nothing runs or waits.
+        """Until nothing runs or waits, and no adapter has come to the device or left it for a moment.
 
         Raises:
             TimeoutError: that never happened.
         """
-        async with asyncio.timeout(timeout_s):
-            while True:
-                sample = await self.sample()
-                if not (sample.num_running or sample.num_waiting or sample.kv_pages):
-                    return
-                await asyncio.sleep(_IDLE_POLL_S)
+        give_up_at = time.monotonic() + timeout_s
+        num_settled, before = 0, -1
+        while num_settled < _NUM_SETTLED:
+            sample = await self.sample()
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"the service is not idle after {timeout_s:g} s: {sample}")
+            is_idle = not (sample.num_running or sample.num_waiting or sample.kv_pages)
+            num_settled = num_settled + 1 if is_idle and sample.num_resident == before else 0
+            before = sample.num_resident
+            await asyncio.sleep(_IDLE_POLL_S)
 
     @asynccontextmanager
     async def sampling(self, interval_s: float) -> AsyncIterator[list[LoadSample]]:
@@ -99,7 +105,7 @@ class LoadSampler:
         samples.append(await self.sample())
 
 
-def summarize(samples: list[LoadSample], start_at: float, wall_s: float, max_samples: int = 300) -> dict[str, Any]:
+def summarize(samples: list[LoadSample], start_at: float, wall_s: float, max_samples: int = 120) -> dict[str, Any]:
     """The samples as columns, and what the first and the last say of the whole run. start_at: zero of the columns' time.
 
     engine_busy_share: of the time from zero to the end of the last stream, how much the engine spent in steps (one that waits

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-Json = dict[str, Any]
+from benchmarks.serving.records import Json, base_rate, describe
 
 # Told apart by people who see colours differently (Okabe and Ito), and by their markers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -44,7 +44,8 @@ def plot_overhead(overheads: Mapping[str, Mapping[int, float]], docs: Path) -> s
             points = dict(sorted(shares.items()))
             axes.plot(list(points), list(points.values()), label=setting, **_look(number))
         axes.axhline(1.0, color=GREY, linestyle="--", linewidth=1, label="base model")
-        axes.set_ylim(0, max(1.05, *(share * 1.05 for shares in overheads.values() for share in shares.values())))
+        _label_points(axes, dict(sorted(overheads[next(iter(overheads))].items())), ".2f")
+        _from_zero(axes)
         axes.set(title="Cost of adapters, saturated", ylabel="requests/s, of the base model's")
         _adapter_axis(axes, {n for shares in overheads.values() for n in shares})
         axes.legend()
@@ -62,10 +63,12 @@ def plot_adapters(setting: str, results: Sequence[Json], docs: Path) -> str | No
         axes = panels[0]
         for number, (system, points) in enumerate(curves):
             axes.plot(list(points), list(points.values()), label=system, **_look(number))
-        base = base_rate(results[0])
+        base = base_rate(results[0]["runs"])
         if base:
             axes.axhline(base, color=GREY, linestyle="--", linewidth=1, label="base model")
-        axes.set(title=f"{setting}: throughput, saturated", ylabel="requests/s", ylim=(0, None))
+        _label_points(axes, curves[0][1], ".1f")
+        _from_zero(axes)
+        axes.set(title=f"{setting}: throughput, saturated", ylabel="requests/s")
         _adapter_axis(axes, {n for _, points in curves for n in points})
         axes.legend()
         if latencies:
@@ -122,22 +125,6 @@ def plot_memory(setting: str, result: Json, docs: Path) -> MemoryPlot | None:
     return MemoryPlot(file, name)
 
 
-def base_rate(result: Json) -> float | None:
-    """Saturated requests/s of the base model alone, if that was measured in this result."""
-    found = [run["requests_per_s"] for run in result["runs"] if run["kind"] == "saturated" and not run["num_adapters"]]
-    return found[0] if found else None
-
-
-def describe(run: Json) -> str:
-    """A run in few words."""
-    who = f"{run['num_adapters']:,} adapters" if run["num_adapters"] else "the base model"
-    if run["kind"] == "saturated":
-        return f"{who}, {run['num_requests']} requests at once"
-    if run["kind"] == "trace":
-        return f"{who}, trace {run['trace']}"
-    return f"{who}, {run['rate']:.1f} requests/s" + (f", cv {run['cv']:g}" if run["cv"] != 1 else "")
-
-
 def _saturated(result: Json) -> dict[int, float]:
     found = {r["num_adapters"]: r["requests_per_s"] for r in result["runs"] if r["kind"] == "saturated" and r["num_adapters"]}
     return dict(sorted(found.items()))
@@ -187,6 +174,17 @@ def _most_adapters(results: Sequence[Json]) -> int:
 
 def _look(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _label_points(axes: Axes, points: Mapping[int, float], form: str) -> None:
+    """Their values, below them: the curves above hardly fall."""
+    for x, y in points.items():
+        axes.annotate(format(y, form), (x, y), (0, -12), textcoords="offset points", ha="center", fontsize=8)
+
+
+def _from_zero(axes: Axes) -> None:
+    """With room above all that is drawn."""
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
 
 
 def _adapter_axis(axes: Axes, numbers: set[int]) -> None:

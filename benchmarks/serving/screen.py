@@ -1,6 +1,5 @@
 """What a benchmark shows while it runs: a progress bar on a terminal, one line per finished run anywhere."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,15 +42,12 @@ def name_of(plan: RunPlan) -> str:
     if plan.trace is not None:
         return f"trace {plan.trace.name}"
     who = f"{plan.num_adapters} adapters" if plan.num_adapters else "base model"
+    if plan.fixed is not None:
+        return f"{who}, {plan.fixed}"
     if plan.rate is None:
         return f"{who}, all at once"
     rate = f"{plan.rate.value:.0%}" if plan.rate.is_share else f"{plan.rate.value:g}/s"
     return f"{who}, {rate}" + (f", cv {plan.cv:g}" if plan.cv != 1 else "")
-
-
-def say(text: str) -> None:
-    """Something about the benchmark itself."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def show_run(plan: RunPlan, run: dict[str, Any]) -> None:
@@ -66,6 +62,7 @@ def show_run(plan: RunPlan, run: dict[str, Any]) -> None:
     if server.get("adapter_hit_rate") is not None:
         parts.append(f"hits {server['adapter_hit_rate']:.2f}")
     if load:
+        parts.append(f"resident {load['num_resident_before']}")
         parts.append(f"engine {load['engine_busy_share']:.2f} ({load['mean_step_s'] * 1e3:.1f} ms/step)")
     if run["gpu_busy_share"] is not None:
         parts.append(f"GPU {run['gpu_busy_share']:.2f}")
@@ -82,7 +79,7 @@ def warnings(run: dict[str, Any]) -> list[str]:
     if run["num_wrong_length"]:
         found.append(f"{run['num_wrong_length']} completed requests have fewer or more tokens than were asked for")
     # All at once means that some wait for the others to be sent; there is no arrival process to be late for.
-    if run["kind"] != "saturated" and run["late_s"] and run["late_s"]["p99"] > LATE_S:
+    if run["kind"] in ("open_loop", "trace") and run["late_s"] and run["late_s"]["p99"] > LATE_S:
         found.append(f"the client was late, p99 {run['late_s']['p99'] * 1e3:.0f} ms; more --clients may help")
     busiest = max(run["cpu_s"]["clients"], default=0.0)
     if run["wall_s"] and busiest / run["wall_s"] > BUSY_SHARE:

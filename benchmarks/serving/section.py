@@ -2,15 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import cell, table
 from benchmarks.serving import plots
-
-Json = dict[str, Any]
-
-# Ours comes first; results of it are the ones that others are compared with.
-OURS = "loraplane"
+from benchmarks.serving.records import Json, by_setting, describe, runs_of, setting_of, who
+from benchmarks.serving.targets import targets_section
 
 HEAD = """## Serving under load
 
@@ -19,8 +15,9 @@ uniform popularity, random weights. [benchmarks.md](benchmarks.md) says how it i
 Requests come all at once (*saturated*) or at a rate; cv is the coefficient of variation of the times between them (1 is
 Poisson). Latencies count from the time at which a request was planned: TTFT to the first token, E2E to the end; ITL are the
 gaps between tokens at their arrival. *SLO* is the share of requests with a first token within 6 s, *satisfaction* the
-paper's, *hits* the share that waited less than 1 ms for its adapter once in the batch. *of base* compares with the base model
-alone in the same run.
+paper's. *of base* compares with the base model alone in the same run. *on device* is how many adapters were there before the
+run: registered ones are brought there while the pool has pages to spare, unless that is turned off; *adapter wait* is how long
+a request in the batch then waited for its own.
 
 Of the time: *engine* is the share spent in steps (waiting for the device is part of one), *GPU* that in which a kernel ran, as
 the driver samples it; processor time is in cores, of control plane, data plane and the busiest client process; *late* is how
@@ -31,6 +28,12 @@ OVERHEAD = """![Throughput with adapters as a share of the base model's]({plot})
 """
 
 SATURATED = """All requests at once; pairs are p50 / p99:
+"""
+
+REPEATED = """Runs that were repeated are shown by the one in the middle; req/s of the slowest and the fastest: {spreads}.
+"""
+
+FIXED = """So many requests at once, all of the same lengths, adapters dealt in turn:
 """
 
 COMPARED = """Requests/s of other systems under the same requests; in brackets, how many times that {ours} reaches:
@@ -50,36 +53,16 @@ MEMORY = """The page pool with {name}:
 
 def serving_section(results: Mapping[str, Json], docs: Path, source: Callable[[str, Json], str]) -> list[str]:
     """Markdown of all results, by name; plots go to `docs`. source: the line that says where a result comes from."""
-    settings = _by_setting(results)
+    settings = by_setting(results)
     overheads = {setting: shares for setting, found in settings.items() if (shares := _overhead(found[0]))}
-    lines = [HEAD]
+    lines = [HEAD, *targets_section(settings)]
     if overheads:
         lines.append(OVERHEAD.format(plot=plots.plot_overhead(overheads, docs)))
     for setting, found in settings.items():
         lines += _setting(setting, found, docs)
-        for name in sorted(name for name, result in results.items() if _setting_of(result) == setting):
+        for name in sorted(name for name, result in results.items() if setting_of(result) == setting):
             lines += [source(name, results[name]), ""]
     return lines
-
-
-def _by_setting(results: Mapping[str, Json]) -> dict[str, list[Json]]:
-    """By setting, one result for each system, ours first. Results of one system are taken together: their runs are its runs."""
-    found: dict[str, dict[str, Json]] = {}
-    for _, result in sorted(results.items()):
-        systems = found.setdefault(_setting_of(result), {})
-        base = plots.base_rate(result)
-        # Beside the base model of the same result alone, whatever else there is.
-        runs = [{**run, "of_base": run["requests_per_s"] / base if base else None} for run in result["runs"]]
-        known = systems.setdefault(result["system"], {**result, "runs": []})
-        known["runs"] = [*known["runs"], *runs]
-    return {
-        setting: sorted(systems.values(), key=lambda result: (result["system"] != OURS, result["system"]))
-        for setting, systems in sorted(found.items())
-    }
-
-
-def _setting_of(result: Json) -> str:
-    return str(result["setting"] or result["model"])
 
 
 def _setting(setting: str, results: Sequence[Json], docs: Path) -> list[str]:
@@ -87,54 +70,86 @@ def _setting(setting: str, results: Sequence[Json], docs: Path) -> list[str]:
     ranks = f", ranks {', '.join(map(str, first['ranks']))}" if first["ranks"] else ""
     modules = ", ".join(name.removesuffix("_proj") for name in first["modules"])
     lines = [f"### {setting}: {first['model']}{ranks}" + (f" on {modules}" if modules else ""), ""]
-    if any(_runs(result, "saturated") for result in results):
-        lines += [SATURATED, *_saturated(results), ""]
+    if any(runs_of(result, "saturated") for result in results):
+        lines += [SATURATED, *_saturated(results), "", *_repeated(results)]
         if len(results) > 1:
             lines += [COMPARED.format(ours=first["system"]), *_compared(results), ""]
     lines += _image("Throughput and latency over the number of adapters", plots.plot_adapters(setting, results, docs))
-    if any(_runs(result, "open_loop") for result in results):
+    if any(runs_of(result, "fixed") for result in results):
+        lines += [FIXED, *_fixed(results), ""]
+    if any(runs_of(result, "open_loop") for result in results):
         lines += [OPEN_LOOP, *_open_loop(results), ""]
         lines += _image("Attainment over rate and burstiness", plots.plot_attainment(setting, results, docs))
-    if any(run.get("load") for result in results for run in _runs(result, "saturated")):
+    if any(run.get("load") for result in results for run in runs_of(result, "saturated")):
         lines += [WHERE, *_where(results), ""]
     memory = plots.plot_memory(setting, first, docs)
     return lines + ([MEMORY.format(name=memory.run, plot=memory.file)] if memory else [])
 
 
 def _saturated(results: Sequence[Json]) -> list[str]:
-    rows = []
-    for result in results:
-        for run in _runs(result, "saturated"):
-            share = f"{run['of_base']:.3f}" if run["of_base"] and run["num_adapters"] else ""
-            rows.append(
-                [
-                    _name(result, run),
-                    f"{run['requests_per_s']:.2f}",
-                    share,
-                    f"{run['output_tokens_per_s']:,.0f}",
-                    _pair(run["e2e_s"], 1, 1),
-                    _pair(run["ttft_s"], 1, 2),
-                    _pair(run["itl_s"], 1e3, 1),
-                    _hits(run),
-                    f"{run['num_completed']} of {run['num_requests']}",
-                ]
-            )
-    return table(["", "req/s", "of base", "tokens/s", "E2E, s", "TTFT, s", "ITL, ms", "hits", "done"], rows)
+    rows = [
+        [
+            _name(result, run),
+            f"{run['requests_per_s']:.2f}",
+            cell(run["of_base"] if run["num_adapters"] else None, ".3f"),
+            f"{run['output_tokens_per_s']:,.0f}",
+            _pair(run["e2e_s"], 1, 1),
+            _pair(run["ttft_s"], 1, 2),
+            _pair(run["itl_s"], 1e3, 1),
+            _on_device(run),
+            _adapter_wait(run),
+            f"{run['num_completed']} of {run['num_requests']}",
+        ]
+        for result in results
+        for run in runs_of(result, "saturated")
+    ]
+    head = ["", "req/s", "of base", "tokens/s", "E2E, s", "TTFT, s", "ITL, ms", "on device", "adapter wait, ms", "done"]
+    return table(head, rows)
+
+
+def _repeated(results: Sequence[Json]) -> list[str]:
+    spreads = [
+        f"{_name(result, run)} {min(run['repeats']):.2f} to {max(run['repeats']):.2f}"
+        for result in results
+        for run in runs_of(result, "saturated")
+        if len(run["repeats"]) > 1
+    ]
+    return [REPEATED.format(spreads="; ".join(spreads))] if spreads else []
+
+
+def _fixed(results: Sequence[Json]) -> list[str]:
+    rows = [
+        [
+            f"{result['system']}, {describe(run)}",
+            f"{run['output_tokens_per_s']:,.0f}",
+            _pair(run["ttft_s"], 1e3, 0),
+            _pair(run["itl_s"], 1e3, 1),
+            f"{run['wall_s']:.2f}",
+            str(len(run["repeats"])),
+        ]
+        for result in results
+        for run in runs_of(result, "fixed")
+    ]
+    return table(["", "tokens/s", "TTFT, ms", "ITL, ms", "s", "repeats"], rows)
 
 
 def _compared(results: Sequence[Json]) -> list[str]:
-    systems = [{run["num_adapters"]: run["requests_per_s"] for run in _runs(result, "saturated")} for result in results]
+    """By the number of adapters and of requests: how many come at once decides the throughput too."""
+    systems = [
+        {(run["num_adapters"], run["num_requests"]): run["requests_per_s"] for run in runs_of(result, "saturated")}
+        for result in results
+    ]
     ours, others = systems[0], systems[1:]
 
-    def cell(system: Mapping[int, float], n: int) -> str:
-        reached = system.get(n)
-        if not reached:
+    def compare(system: Mapping[tuple[int, int], float], load: tuple[int, int]) -> str:
+        rate = system.get(load)
+        if not rate:
             return ""
-        return f"{reached:.2f} ({ours[n] / reached:.1f})" if n in ours else f"{reached:.2f}"
+        return f"{rate:.2f} ({ours[load] / rate:.1f})" if load in ours else f"{rate:.2f}"
 
     rows = [
-        [_who(n), f"{ours[n]:.2f}" if n in ours else "", *(cell(system, n) for system in others)]
-        for n in sorted({n for system in systems for n in system})
+        [f"{who(load[0])}, {load[1]} requests", cell(ours.get(load), ".2f"), *(compare(system, load) for system in others)]
+        for load in sorted({load for system in systems for load in system})
     ]
     return table(["", *(result["system"] for result in results)], rows)
 
@@ -142,7 +157,7 @@ def _compared(results: Sequence[Json]) -> list[str]:
 def _open_loop(results: Sequence[Json]) -> list[str]:
     rows = []
     for result in results:
-        for run in _runs(result, "open_loop"):
+        for run in runs_of(result, "open_loop"):
             share = f" ({run['rate_share']:.0%})" if run.get("rate_share") else ""
             rows.append(
                 [
@@ -155,17 +170,17 @@ def _open_loop(results: Sequence[Json]) -> list[str]:
                     _pair(run["e2e_s"], 1, 1),
                     f"{run['slo_attainment']:.3f}",
                     f"{run['satisfaction']:.3f}",
-                    _hits(run),
+                    _adapter_wait(run),
                 ]
             )
-    head = ["", "req/s asked", "cv", "done", "TTFT, ms", "ITL, ms", "E2E, s", "SLO", "satisfaction", "hits"]
+    head = ["", "req/s asked", "cv", "done", "TTFT, ms", "ITL, ms", "E2E, s", "SLO", "satisfaction", "adapter wait, ms"]
     return table(head, rows)
 
 
 def _where(results: Sequence[Json]) -> list[str]:
     rows = []
     for result in results:
-        for run in (run for run in _runs(result, "saturated") if run.get("load")):
+        for run in (run for run in runs_of(result, "saturated") if run.get("load")):
             cpu, wall_s, load = run["cpu_s"], run["wall_s"], run["load"]
             cores = [cpu.get("control_plane"), cpu.get("data_plane"), max(cpu["clients"], default=None)]
             rows.append(
@@ -173,8 +188,8 @@ def _where(results: Sequence[Json]) -> list[str]:
                     _name(result, run),
                     f"{load['mean_step_s'] * 1e3:.2f}",
                     f"{load['engine_busy_share']:.2f}",
-                    "" if run["gpu_busy_share"] is None else f"{run['gpu_busy_share']:.2f}",
-                    *("" if spent is None else f"{spent / wall_s:.2f}" for spent in cores),
+                    cell(run["gpu_busy_share"], ".2f"),
+                    *(cell(None if spent is None else spent / wall_s, ".2f") for spent in cores),
                     f"{run['tokens_per_message']:.2f}",
                     f"{run['late_s']['p99'] * 1e3:.0f}",
                 ]
@@ -185,28 +200,24 @@ def _where(results: Sequence[Json]) -> list[str]:
 
 def _overhead(result: Json) -> dict[int, float]:
     """By number of adapters: saturated throughput as a share of the base model's; empty if that was not measured."""
-    return {run["num_adapters"]: run["of_base"] for run in _runs(result, "saturated") if run["num_adapters"] and run["of_base"]}
-
-
-def _runs(result: Json, kind: str) -> list[Json]:
-    return [run for run in result["runs"] if run["kind"] == kind]
+    runs = runs_of(result, "saturated")
+    return {run["num_adapters"]: run["of_base"] for run in runs if run["num_adapters"] and run["of_base"]}
 
 
 def _name(result: Json, run: Json) -> str:
-    return f"{result['system']}, {_who(run['num_adapters'])}"
-
-
-def _who(num_adapters: int) -> str:
-    return f"{num_adapters:,} adapters" if num_adapters else "base model"
+    return f"{result['system']}, {who(run['num_adapters'])}"
 
 
 def _pair(spread: Mapping[str, float], factor: float, digits: int) -> str:
     return f"{spread['p50'] * factor:,.{digits}f} / {spread['p99'] * factor:,.{digits}f}" if spread else ""
 
 
-def _hits(run: Json) -> str:
-    rate = run["server"].get("adapter_hit_rate")
-    return "" if rate is None else f"{rate:.2f}"
+def _on_device(run: Json) -> str:
+    return f"{run['load']['num_resident_before']:,}" if run.get("load") else ""
+
+
+def _adapter_wait(run: Json) -> str:
+    return _pair(run["server"].get("adapter_wait_s", {}), 1e3, 1)
 
 
 def _image(text: str, file: str | None) -> list[str]:

@@ -5,12 +5,7 @@ Like `loraplane up`, but for one plane or both another module may stand in (a ba
 
 import asyncio
 import contextlib
-import math
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,17 +15,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-ROOT = Path(__file__).parent.parent.parent
-READY, LOADING = '"event": "ready"', '"event": "loading"'
-_POLL_S = 0.05
+from benchmarks.process import POLL_S, Process, running
+
+# In the data plane's log.
+READY = '"event": "ready"'
 _WATCH_S = 0.5
 _SERVING_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 30.0
-_TAIL_LINES = 25
-
-
-class ServiceFailedError(RuntimeError):
-    """The service did not start; the message ends with the tail of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +44,7 @@ class RunningService:
     """A service that answers. startup_s: from nothing to serving."""
 
     address: str
-    planes: dict[str, "Plane"]
+    planes: dict[str, Process]
     startup_s: float
 
     @property
@@ -66,7 +56,7 @@ class RunningService:
         """Never returns.
 
         Raises:
-            ServiceFailedError: a plane ended.
+            ProcessFailedError: a plane ended.
         """
         while True:
             for plane in self.planes.values():
@@ -79,7 +69,7 @@ def running_service(options: ServiceOptions) -> Iterator[RunningService]:
     """The service, for as long as the context is open.
 
     Raises:
-        ServiceFailedError: it did not start.
+        ProcessFailedError: it did not start.
     """
     with contextlib.ExitStack() as stack:
         # Sockets have short paths, which a state directory may not have.
@@ -92,75 +82,19 @@ def running_service(options: ServiceOptions) -> Iterator[RunningService]:
         common = ["--model", str(options.model_dir), "--store-dir", str(state_dir / "images")]
         module, *extra = shlex.split(options.data_plane)
         engine = stack.enter_context(
-            _plane(module, [*common, "--listen", data_plane, "--progress", "json", *extra], state_dir / "data-plane.log")
+            running(module, [*common, "--listen", data_plane, "--progress", "json", *extra], state_dir / "data-plane.log")
         )
         engine.wait_for_word(READY, deadline)
         module, *extra = shlex.split(options.control_plane)
         arguments = [*common, "--listen", address, "--data-plane", data_plane, "--state-dir", str(state_dir)]
         if options.adapter_root is not None:
             arguments += ["--adapter-root", str(options.adapter_root.resolve())]
-        front = stack.enter_context(_plane(module, [*arguments, *extra], state_dir / "control-plane.log"))
+        front = stack.enter_context(running(module, [*arguments, *extra], state_dir / "control-plane.log"))
         _wait_until_serving(address, front, deadline)
         yield RunningService(address, {"control_plane": front, "data_plane": engine}, time.monotonic() - started_at)
 
 
-class Plane:
-    """One process and its log."""
-
-    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
-        self._module = module
-        self._log = log
-        with log.open("wb") as out:
-            # A group of its own: Ctrl-C is for the benchmark, which stops things in order.
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", module, *arguments],
-                cwd=ROOT,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
-            )
-        self.pid = self._process.pid
-
-    def wait_for_word(self, word: str, deadline: float) -> None:
-        """Until the word stands in the log."""
-        while word not in self._log.read_text(errors="replace"):
-            self.check(deadline)
-            time.sleep(_POLL_S)
-
-    def check(self, deadline: float = math.inf) -> None:
-        """Raises ServiceFailedError when it has ended or its time is up."""
-        if self._process.poll() is not None:
-            raise ServiceFailedError(f"{self._module} ended with exit code {self._process.returncode}.\n{self._tail()}")
-        if time.monotonic() > deadline:
-            raise ServiceFailedError(f"{self._module} has not started in time.\n{self._tail()}")
-
-    def stop(self) -> None:
-        """Asks it to end, and kills it when it does not."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _tail(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if LOADING not in line]
-        return "\n".join([f"{self._log} ends with:", *lines[-_TAIL_LINES:]])
-
-
-@contextlib.contextmanager
-def _plane(module: str, arguments: list[str], log: Path) -> Iterator[Plane]:
-    plane = Plane(module, arguments, log)
-    try:
-        yield plane
-    finally:
-        plane.stop()
-
-
-def _wait_until_serving(address: str, front: Plane, deadline: float) -> None:
+def _wait_until_serving(address: str, front: Process, deadline: float) -> None:
     deadline = min(deadline, time.monotonic() + _SERVING_TIMEOUT_S)
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -170,4 +104,4 @@ def _wait_until_serving(address: str, front: Plane, deadline: float) -> None:
                 answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.soak.clients import Answer
+from benchmarks.soak.clients import Answer, Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Agreement:
         }
 
 
-def compare(pairs: Sequence[tuple[Answer, Answer]]) -> Agreement:
-    """Both answers of a pair are to the same request; with logprobs, or there are no shifts."""
+def compare(pairs: Sequence[Pair]) -> Agreement:
+    """Of answers with logprobs, or there are no shifts; the second of a pair may end at the first token that differs."""
     shifts: list[float] = []
     at_difference: list[float] = []
     for first, second in pairs:
@@ -67,9 +67,10 @@ def compare(pairs: Sequence[tuple[Answer, Answer]]) -> Agreement:
 
 def first_difference(first: Answer, second: Answer) -> int | None:
     """The first position at which the tokens differ; None if they do not."""
-    for i, (a, b) in enumerate(zip(first.token_ids, second.token_ids, strict=True)):
+    for i, (a, b) in enumerate(zip(first.token_ids, second.token_ids, strict=False)):
         if a != b:
             return i
+    assert len(first.token_ids) == len(second.token_ids), "an answer ended before the first token that differs"
     return None
 
 

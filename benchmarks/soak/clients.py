@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.soak.service import SoakService
@@ -54,6 +54,10 @@ class Answer:
     num_preemptions: int = 0
 
 
+# Two answers to the same request.
+Pair = tuple[Answer, Answer]
+
+
 @dataclass(slots=True)
 class SoakCounts:
     """What the clients saw. watched: with the answers they got under load."""
@@ -77,8 +81,10 @@ def draw(load: SoakLoad, number: int) -> SoakRequest:
     return SoakRequest(adapter, prompt, max_tokens, seed, abort_after, is_watched)
 
 
-async def generate(service: SoakService, request: SoakRequest) -> Answer:
+async def generate(service: SoakService, request: SoakRequest, expected: Sequence[int] | None = None) -> Answer:
     """Sends one request and reads its stream to the end, or until its client leaves.
+
+    expected: the client leaves when a token is another one.
 
     Raises:
         AssertionError: it ended too early or too late.
@@ -104,7 +110,8 @@ async def generate(service: SoakService, request: SoakRequest) -> Answer:
             answer.tops += [{top.token_id: top.logprob for top in token.top} for token in response.chunk.logprobs]
         if response.HasField("finished"):
             answer.num_preemptions = response.finished.timings.num_preemptions
-        if request.abort_after is not None and len(answer.token_ids) >= request.abort_after:
+        has_enough = request.abort_after is not None and len(answer.token_ids) >= request.abort_after
+        if has_enough or (expected is not None and answer.token_ids != list(expected[: len(answer.token_ids)])):
             stream.cancel()
             return answer
     assert len(answer.token_ids) == request.max_tokens, f"{len(answer.token_ids)} tokens of {request.max_tokens}"
@@ -134,9 +141,21 @@ async def keep_busy(service: SoakService, load: SoakLoad, num_clients: int, seco
     return counts
 
 
-async def one_by_one(service: SoakService, requests: Sequence[SoakRequest]) -> list[Answer]:
+async def one_by_one(service: SoakService, requests: Iterable[SoakRequest]) -> list[Answer]:
     """Each alone in the service."""
     return [await generate(service, request) for request in requests]
+
+
+async def answer_again(service: SoakService, answered: Iterable[tuple[SoakRequest, Answer]], max_tokens: int) -> list[Pair]:
+    """Each alone in the service, up to the first token that differs, until there were so many; with the answer before."""
+    pairs: list[Pair] = []
+    for request, answer in answered:
+        again = await generate(service, request, answer.token_ids)
+        pairs.append((answer, again))
+        max_tokens -= len(again.token_ids)
+        if max_tokens <= 0:
+            break
+    return pairs
 
 
 async def all_at_once(service: SoakService, requests: Sequence[SoakRequest]) -> list[Answer]:

@@ -27,7 +27,7 @@ def soak_section(result: dict[str, Any]) -> list[str]:
 def _soak(result: dict[str, Any]) -> list[str]:
     churned, base, wrong = (result[name] for name in ("churned", "base_only", "wrong_adapter"))
     lines = [SOAK.format(**result | churned, rank_list=", ".join(map(str, result["ranks"])))]
-    if churned["equal"] < churned["pairs"]:
+    if base is not None and wrong is not None:
         shifts = {"churned": churned["shift_at_difference_max"], "base": base["shift_max"], "wrong": wrong["shift_p50"]}
         lines.append(OTHERS.format(**shifts))
     return lines

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -17,8 +17,9 @@ from controlplane.messages import DataPlaneLoad
 from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.model.config import load_model_config
+from dataplane.parts import Parts
 from dataplane.service.server import DataPlaneServer
-from protos.loraplane.v1 import adapter_pb2_grpc, inference_pb2_grpc
+from protos.loraplane.v1 import inference_pb2_grpc
 
 # The host cache holds this many times what the pool does: adapters fall out of it too, and are read from the store again.
 HOST_POOLS = 2
@@ -28,8 +29,8 @@ IDLE_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceOptions:
-    """What the data plane is told, as in its configuration."""
+class PlaneOptions:
+    """What the data plane is told, as in its configuration. parts: that are replaced, of a baseline."""
 
     device: str
     dtype: str
@@ -37,15 +38,16 @@ class ServiceOptions:
     max_num_seqs: int
     token_budget: int
     max_lora_rank: int
+    parts: Parts = field(default_factory=Parts)
 
 
 class SoakService:
-    """Both planes as a client sees them, and what the control plane knows of the data plane."""
+    """Both planes as a client sees them, over one channel, and what the control plane knows of the data plane."""
 
     def __init__(self, control_plane: ControlPlane, channel: grpc.aio.Channel) -> None:
         self._control_plane = control_plane
+        self.channel = channel
         self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
-        self.adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
 
     def load(self) -> DataPlaneLoad:
         """Of the data plane, as of its latest report."""
@@ -68,7 +70,7 @@ class SoakService:
 
 
 @asynccontextmanager
-async def serve_both(root: Path, shape: ModelShape, options: ServiceOptions) -> AsyncIterator[SoakService]:
+async def serve_both(root: Path, shape: ModelShape, options: PlaneOptions) -> AsyncIterator[SoakService]:
     """Serves a model of random weights while the context is open; then stops both planes and checks every page.
 
     root: of everything that they write. Adapters may be registered from under it.
@@ -94,7 +96,7 @@ async def serve_both(root: Path, shape: ModelShape, options: ServiceOptions) -> 
         host_cache_bytes=HOST_POOLS * options.num_pages * geometry.page_bytes,
         load_format=LoadFormat.DUMMY,
     )
-    data_plane = load_data_plane(config)
+    data_plane = load_data_plane(config, parts=options.parts)
     server = DataPlaneServer(data_plane, config.listen, config.stop_timeout_s)
     await server.start()
     try:

@@ -88,6 +88,7 @@ class StepBench:
         )
         self.packer = StepPacker(self.pages, _AllResident(self.pages), limits.page_tokens, limits.token_budget)
         self._numbers = itertools.count(1)
+        self._requests: dict[int, RequestState] = {}
         self._digests: dict[int, list[str]] = {}
         self.images: dict[int, AdapterImage] = {}
         self.copier = TensorCopier(self.loaded.pool)
@@ -124,11 +125,18 @@ class StepBench:
         token_ids = tuple(rng.choices(range(vocab_size), k=num_tokens))
         admitted = AdmittedRequest(key, f"request-{key}", token_ids, 0, digest, sampling)
         # One more than is computed, or a prompt of the greatest length would be full.
-        return RequestState(admitted, 0.0, self.loaded.limits.max_model_len + 1)
+        request = self._requests[key] = RequestState(admitted, 0.0, self.loaded.limits.max_model_len + 1)
+        return request
 
     def free(self, request: RequestState) -> None:
         """Its pages come free."""
+        del self._requests[request.request_key]
         self.pages.free(request.page_table.tolist(), request.owner)
+
+    def free_all(self) -> None:
+        """The pages of all requests come free: of those that a failure left behind."""
+        for request in list(self._requests.values()):
+            self.free(request)
 
     def _place_adapters(self, ranks: Sequence[int]) -> None:
         """Adapters of one rank have the same numbers, each in pages of its own: to the device they are different."""

@@ -5,14 +5,12 @@ step itself read.
 """
 
 import itertools
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from benchmarks.device_timing import elapsed_ms, host_ms, time_ms
 from benchmarks.steps.bench import StepBench
 from dataplane.attention.choice import attention_backend
 from dataplane.attention.interface import AttentionShape, KvPages
@@ -22,8 +20,8 @@ from kernels.backend import lora_ops
 from kernels.lora import LoraLaunches
 from kernels.plan_layout import LoraLimits
 
-NUM_REPLAYS = 20
-NUM_WARMUP = 3
+# Of the model, one after the other.
+NUM_FORWARDS = 20
 # Layers whose weights the GEMMs alone cycle through: before a matrix comes round again, many times the L2 cache has been read.
 NUM_GEMM_LAYERS = 2
 # The floor's assumption: what a plain kernel reads and writes on an H200.
@@ -125,11 +123,11 @@ class StepParts:
         inputs, loaded = self._inputs(), self._bench.loaded
 
         def run() -> None:
-            for _ in range(NUM_REPLAYS):
+            for _ in range(NUM_FORWARDS):
                 loaded.model.forward(inputs, loaded.pool)
 
         run()
-        return _elapsed_ms(run, self._device) / NUM_REPLAYS
+        return elapsed_ms(run, self._device) / NUM_FORWARDS
 
     def _inputs(self) -> StepInputs:
         inputs = self._bench.recorder.inputs
@@ -167,44 +165,3 @@ class StepParts:
 
     def _random(self, *shape: int, std: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(std=std)
-
-
-def time_ms(run: Callable[[], None], device: torch.device) -> float:
-    """Median of several runs, as replays of a graph on CUDA."""
-    if device.type != "cuda":
-        return statistics.median(_elapsed_ms(run, device) for _ in range(NUM_WARMUP))
-    # Off the default stream, as capturing wants it, and behind everything that was launched there.
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return statistics.median([_elapsed_ms(graph.replay, device) for _ in range(NUM_WARMUP + NUM_REPLAYS)][NUM_WARMUP:])
-
-
-def host_ms(run: Callable[[], object], device: torch.device) -> float:
-    """Median of what the host spends on a call, on an idle device."""
-    times = []
-    for _ in range(NUM_REPLAYS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started_at = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started_at) * 1e3)
-    return statistics.median(times)
-
-
-def _elapsed_ms(run: Callable[[], None], device: torch.device) -> float:
-    if device.type != "cuda":
-        started_at = time.perf_counter()
-        run()
-        return (time.perf_counter() - started_at) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end))

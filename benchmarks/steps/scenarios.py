@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from typing import Any
 
 from benchmarks.loading.decode import measure_slowdown
 from benchmarks.steps.bench import GREEDY, StepBench
@@ -12,7 +13,7 @@ from benchmarks.steps.parts import BaseParts, LoraParts, StepParts
 from benchmarks.steps.settings import StepSettings
 from protos.planes import EngineSampling
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 NO_ADAPTER = "none"
 # As many chat clients ask for.
@@ -34,6 +35,15 @@ class Scenarios:
     def __init__(self, bench: StepBench, settings: StepSettings) -> None:
         self._bench = bench
         self._settings = settings
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether steps run on a device of their own."""
+        return self._bench.loaded.device.type == "cuda"
+
+    def clear(self) -> None:
+        """Ends what a failure left behind."""
+        self._bench.free_all()
 
     @cached_property
     def _parts(self) -> StepParts:
@@ -79,7 +89,7 @@ class Scenarios:
         steps = {f"{name}_ms": value for name, value in ms.items()}
         return {"requests": 2 * half, **steps, "expected_ms": expected, "excess": ms["mixed"] / expected - 1}
 
-    def base_only(self) -> dict[str, dict[str, float]]:
+    def base_only(self) -> dict[str, Row]:
         """Base-only requests, for comparison with another bench; and the same with tokens drawn by temperature and top_p."""
         batch = [""] * self._settings.max_large
         times, drawn = self._times(batch), self._times(batch, DRAWN)

@@ -1,8 +1,9 @@
-"""The part of the report about steps of the engine. Measures nothing and judges nothing."""
+"""The part of the report about steps of the engine. Measures nothing."""
 
 from typing import Any
 
 from benchmarks.markdown import table
+from benchmarks.steps.claims import claims
 
 Json = dict[str, Any]
 
@@ -60,12 +61,9 @@ def steps_section(result: Json) -> list[str]:
         lines += ["", PROMPTS, *_prompts(result["prompts"])]
     if "wide" in result:
         lines += ["", *_wide(result)]
-    failed = [claim for claim in result["claims"] if not claim["holds"]]
-    lines += [
-        "",
-        f"Of {len(result['claims'])} limits {len(result['claims']) - len(failed)} hold{'; over are:' if failed else '.'}",
-        "",
-    ]
+    judged = claims(result)
+    failed = [claim for claim in judged if not claim["holds"]]
+    lines += ["", f"Of {len(judged)} limits {len(judged) - len(failed)} hold{'; over are:' if failed else '.'}", ""]
     return lines + [f"- {claim['what']}: {claim['value']:.3f}, limit {claim['limit']:g}" for claim in failed]
 
 

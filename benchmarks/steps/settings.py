@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter_store.geometry import LORA_MODULES
 from benchmarks.model_shapes import LLAMA_3_8B, LLAMA_7B, ModelShape
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 _TINY = ModelShape("tiny", 2, 64, 4, 2, 160, 199, 512)
 
@@ -99,5 +96,3 @@ SETTINGS = {
         num_steps=4,
     ),
 }
-
-WIDE_MODULES = LORA_MODULES

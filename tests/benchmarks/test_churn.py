@@ -8,7 +8,7 @@ from benchmarks.churn import SOAKS, run
 
 
 def test_a_full_pool_under_churn_loses_no_page_and_changes_no_token(tmp_path: Path) -> None:
-    soak = replace(SOAKS["tiny"], num_adapters=24, max_output_tokens=60, num_pages=60, num_base=3, num_compared=6)
+    soak = replace(SOAKS["tiny"], num_adapters=24, max_output_tokens=60, num_pages=60, max_alone_tokens=200)
     measured = asyncio.run(run(soak, tmp_path, "cpu", "float32", seconds=1.5))
     assert measured["holds"], measured
     for count in ("requests_finished", "adapter_loads", "adapter_evictions"):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from adapter_store.geometry import LORA_MODULES
 from benchmarks.serving.trace import TraceRequest
 from benchmarks.workload import (
-    ALL_LINEAR,
     LENGTHS,
     SETTINGS,
     Popularity,
@@ -103,4 +103,4 @@ def test_settings_are_those_of_the_paper_and_one_of_today() -> None:
         "S5": (7168, 48, (32,)),
         "S6": (8192, 80, (64,)),
     }
-    assert SETTINGS["M1"].modules == ALL_LINEAR and SETTINGS["M1"].shape.num_kv_heads == 8
+    assert SETTINGS["M1"].modules == LORA_MODULES and SETTINGS["M1"].shape.num_kv_heads == 8

@@ -55,15 +55,17 @@ def test_the_network_speaks_as_the_adapter_that_was_asked_for(model_dir: Path) -
 
 def test_a_run_writes_a_result_of_the_usual_form(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    arguments = ["--setting", "S2", "--model", str(model_dir), "--adapters", "0,3", "--requests", "6", "--lengths", "2,9"]
-    assert main([*arguments, "--dtype", "float32", "--device", "cpu", "--out", str(out), "--commit", "none"]) == 0
+    arguments = ["--setting", "S2", "--model", str(model_dir), "--base-only", "--adapters", "3", "--lengths", "2,9"]
+    assert (
+        main([*arguments, "--requests", "6", "--dtype", "float32", "--device", "cpu", "--out", str(out), "--commit", "none"]) == 0
+    )
     result = json.loads(out.read_text())
     assert (result["system"], result["setting"], result["model"]) == ("peft", "S2", "tiny")
     for run, num_adapters in zip(result["runs"], (0, 3), strict=True):
         assert (run["kind"], run["num_adapters"], run["num_completed"], run["errors"]) == ("saturated", num_adapters, 6, {})
         assert run["num_wrong_length"] == 0 and run["requests_per_s"] > 0
         assert 0 < run["batches"]["useful_share"] <= 1
-    assert "6 of 6 done" in capsys.readouterr().out
+    assert "done 6 of 6" in capsys.readouterr().out
 
 
 def test_a_run_stops_when_its_time_is_up(model_dir: Path, tmp_path: Path) -> None:

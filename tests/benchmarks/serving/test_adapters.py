@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.dummy_adapters import geometry_of
+from benchmarks.model_shapes import geometry_of
 from benchmarks.serving.adapters import CACHE_SPARE, AdapterPlan, host_cache_bytes, total_bytes
 from benchmarks.workload import SETTINGS
 

@@ -19,7 +19,7 @@ def test_a_server_that_speaks_openais_api_gets_the_same_trace(
     out = tmp_path / "result.json"
     argv = ["--openai", server.url, "--base-model", "llama", "--adapter-name-template", "llama:{i}", "--system", "other"]
     argv += ["--setting-name", "S1", "--adapters", "5", "--base-only", "--requests", "12", "--lengths", "4,12", "--warmup", "2"]
-    assert main([*argv, "--vocab-size", "50", "--clients", "1", "--device", "a GPU", "--out", str(out)]) == 0
+    assert main([*argv, "--vocab-size", "50", "--clients", "1", "--device-name", "a GPU", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert (result["system"], result["setting"], result["device"], result["model"]) == ("other", "S1", "a GPU", "llama")
     base, adapted = result["runs"]

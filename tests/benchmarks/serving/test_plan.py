@@ -8,7 +8,7 @@ import pytest
 from benchmarks.serving.bench import Bench, BenchError, Server
 from benchmarks.serving.clients import Clients
 from benchmarks.serving.options import Options, parse_options, with_options
-from benchmarks.serving.plan import Rate, RunPlan, Workload, draw_trace
+from benchmarks.serving.plan import FixedLoad, Rate, RunPlan, Workload, draw_trace
 from benchmarks.serving.trace import TraceRequest, write_trace
 
 
@@ -24,6 +24,30 @@ def test_saturated_runs_come_first_and_the_base_model_before_adapters() -> None:
     assert options.num_adapters == 100
     assert (options.adapters.ranks, options.adapters.count) == ((64, 32, 16, 8), 100)
     assert options.out.name == "serving_loraplane_S2.json"
+
+
+def test_a_fixed_load_is_dealt_to_its_adapters_in_turn() -> None:
+    options = parse("--setting", "S2", "--fixed", "64x128x256:8,3x5x7", "--repeat", "2")
+    large, small = FixedLoad(64, 128, 256), FixedLoad(3, 5, 7)
+    assert list(options.runs) == 2 * [RunPlan(8, fixed=large), RunPlan(0, fixed=small)]
+    assert (options.num_adapters, options.runs[0].kind) == (8, "fixed")
+    trace = draw_trace(options.runs[0], Workload(), None)
+    assert {(r.at_s, r.input_tokens, r.output_tokens) for r in trace} == {(0.0, 128, 256)}
+    assert [r.adapter for r in trace] == 8 * list(range(8))
+    assert {r.adapter for r in draw_trace(options.runs[1], Workload(), None)} == {None}
+
+
+def test_runs_without_a_rate_are_repeated_in_turn() -> None:
+    options = parse("--setting", "S1", "--adapters", "5", "--base-only", "--rates", "80%", "--repeat", "3")
+    assert [run.num_adapters for run in options.runs if run.rate is None] == [0, 5] * 3
+    assert sum(run.rate is not None for run in options.runs) == 2
+
+
+def test_adapters_may_be_left_to_come_when_they_are_needed() -> None:
+    options = parse("--setting", "S1", "--adapters", "5", "--no-idle-prefetch")
+    assert (options.system, options.idle_prefetch) == ("loraplane-no-prefetch", False)
+    assert options.control_plane.split()[1:] == ["--max-waiting=65536", "--no-idle-prefetch"]
+    assert options.out.name == "serving_loraplane-no-prefetch_S1.json"
 
 
 def test_a_setting_is_served_with_random_weights_and_a_queue_that_refuses_nobody() -> None:
@@ -43,10 +67,13 @@ def test_options_that_are_there_stay() -> None:
         (["--base-only"], "one of --setting, --model, --target and --openai"),
         (["--setting", "S1", "--openai", "http://x", "--base-only"], "one of --setting, --model, --target and --openai"),
         (["--openai", "http://x", "--adapters", "3"], "--openai needs --base-model"),
-        (["--setting", "S1"], "nothing to run: give --adapters, --base-only or --trace"),
+        (["--setting", "S1"], "nothing to run: give --adapters, --base-only, --fixed or --trace"),
         (["--setting", "S1", "--base-only", "--rates", "0"], "a rate of 0; it must be above 0"),
         (["--setting", "S1", "--base-only", "--rates", "50%", "--no-saturated"], "leave --no-saturated out"),
         (["--setting", "S1", "--adapters", "five"], "five"),
+        (["--setting", "S1", "--fixed", "64x128"], "a fixed load of '64x128'; it has the form REQUESTSxINPUTxOUTPUT"),
+        (["--setting", "S1", "--base-only", "--lengths", "8"], "--lengths has 1 numbers; it takes two"),
+        (["--target", "x:1", "--base-only", "--no-idle-prefetch"], "--no-idle-prefetch is for a service that is started here"),
     ],
 )
 def test_a_command_line_that_cannot_be_followed_is_refused(

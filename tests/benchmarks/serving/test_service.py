@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.process import Process, ProcessFailedError
 from benchmarks.serving.process_cpu import CpuMeter, cpu_s
-from benchmarks.serving.service import Plane, RunningService, ServiceFailedError, ServiceOptions, running_service
+from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 
 
 def test_a_service_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> None:
     options = ServiceOptions(tmp_path, tmp_path / "state", data_plane="benchmarks.no_such_plane --x 'a b'")
     with (
         pytest.raises(
-            ServiceFailedError, match=r"(?s)no_such_plane ended with exit code 1.*data-plane.log ends with:.*No module"
+            ProcessFailedError, match=r"(?s)no_such_plane ended with exit code 1.*data-plane.log ends with:.*No module"
         ),
         running_service(options),
     ):
@@ -23,8 +24,8 @@ def test_a_service_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> N
 
 
 def test_a_plane_that_ends_is_noticed(tmp_path: Path) -> None:
-    plane = Plane("json.tool", ["--help"], tmp_path / "log")
-    with pytest.raises(ServiceFailedError, match=r"(?s)json.tool ended with exit code 0.*usage"):
+    plane = Process("json.tool", ["--help"], tmp_path / "log")
+    with pytest.raises(ProcessFailedError, match=r"(?s)json.tool ended with exit code 0.*usage"):
         asyncio.run(asyncio.wait_for(RunningService("nowhere", {"data_plane": plane}, 0.0).watch(), 30))
     plane.stop()
 

@@ -6,7 +6,7 @@ They take the seat of `NullEngine` behind the real protocol, and book no pages.
 from dataclasses import replace
 
 from benchmarks.null_engine import NullConfig, NullEngine
-from benchmarks.stamps import VOCAB_SIZE, stamp
+from benchmarks.streaming.stamps import VOCAB_SIZE, stamp
 from protos.planes import (
     BatchUpdate,
     EngineFinishReason,

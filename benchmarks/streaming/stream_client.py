@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from benchmarks.stamps import age_s
+from benchmarks.streaming.stamps import age_s
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc as pb_grpc
 
@@ -75,12 +75,12 @@ async def run(address: str, num_streams: int, num_tokens: int, with_ages: bool) 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--server", required=True)
+    parser.add_argument("--target", required=True)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256, help="per stream")
     parser.add_argument("--latency", action="store_true", help="token ids are stamps: report how old they are")
     args = parser.parse_args()
-    print(json.dumps(asyncio.run(run(args.server, args.streams, args.tokens, args.latency))))
+    print(json.dumps(asyncio.run(run(args.target, args.streams, args.tokens, args.latency))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from benchmarks.stamps import stamp
+from benchmarks.streaming.stamps import stamp
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc as pb_grpc
 

@@ -1,0 +1,140 @@
+"""The part of the report that judges: what the service is held against end to end, and what vLLM reached under the same loads."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.markdown import cell, table
+from benchmarks.serving.records import OURS, Json, runs_of, who
+from benchmarks.workload import LENGTHS, SATURATED_REQUESTS
+
+HEAD = """Ours through the API beside vLLM 0.24.0 in its own process (`LLM.generate`, CUDA graphs, 32 adapter slots, 256
+sequences) on the same kind of GPU under the same loads, and what ours is held against. A fixed load of 64x128x256 is 64
+requests at once, each of 128 tokens in and 256 out, adapters dealt in turn:
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One row of the table: a saturated run, or one of a fixed load. vllm: in the same figure."""
+
+    setting: str
+    num_adapters: int
+    fixed: str | None
+    vllm: float
+    target: float | None
+
+    @property
+    def figure(self) -> str:
+        """What is compared: all requests of a fixed load are alike, so tokens tell more."""
+        return "output_tokens_per_s" if self.fixed else "requests_per_s"
+
+    @property
+    def what(self) -> str:
+        """The load in words."""
+        load = f"fixed load {self.fixed}, tokens/s" if self.fixed else "saturated, requests/s"
+        return f"{self.setting}, {who(self.num_adapters)}: {load}"
+
+
+TARGETS = (
+    Target("S1", 0, "64x128x256", 7770, 10_000),
+    Target("S1", 0, "32x128x256", 4980, None),
+    Target("S1", 32, "32x128x256", 1430, 5500),
+    Target("S2", 8, "64x128x256", 3590, 8500),
+    Target("S1", 0, None, 29.7, 33),
+    Target("S1", 5, None, 17.1, None),
+    Target("S1", 100, None, 9.2, None),
+    Target("S1", 1000, None, 4.3, 30),
+    Target("S2", 100, None, 7.1, None),
+    Target("S2", 400, None, 4.0, 26),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A ratio of two figures of ours in one setting. measure: None where it was not measured."""
+
+    what: str
+    limit: float
+    is_least: bool
+    measure: Callable[[Json], float | None]
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is within it."""
+        return value >= self.limit if self.is_least else value <= self.limit
+
+
+def _saturated_ratio(num_adapters: int, other: int) -> Callable[[Json], float | None]:
+    def measure(result: Json) -> float | None:
+        rates = {run["num_adapters"]: run["requests_per_s"] for run in runs_of(result, "saturated")}
+        return rates[num_adapters] / rates[other] if rates.get(num_adapters) and rates.get(other) else None
+
+    return measure
+
+
+def _ttft_ratio(num_adapters: int, other: int) -> Callable[[Json], float | None]:
+    """At the rate at which it is the largest."""
+
+    def measure(result: Json) -> float | None:
+        ttft: dict[tuple[float, float], dict[int, float]] = {}
+        for run in runs_of(result, "open_loop"):
+            if run["ttft_s"]:
+                ttft.setdefault((run["rate"], run["cv"]), {})[run["num_adapters"]] = run["ttft_s"]["p50"]
+        ratios = [at_rate[num_adapters] / at_rate[other] for at_rate in ttft.values() if {num_adapters, other} <= set(at_rate)]
+        return max(ratios, default=None)
+
+    return measure
+
+
+LIMITS = (
+    Limit("S1, 1,000 adapters: saturated throughput, of the base model's", 0.9, True, _saturated_ratio(1000, 0)),
+    Limit("S1, 2,000 adapters: saturated throughput, of that with 1,000", 0.97, True, _saturated_ratio(2000, 1000)),
+    Limit("S1, 1,000 adapters: median time to first token, over that with 5 at the same rate", 1.3, False, _ttft_ratio(1000, 5)),
+)
+
+
+def targets_section(settings: Mapping[str, Sequence[Json]]) -> list[str]:
+    """Those that results decide; nothing where none do."""
+    found = [(target, value) for target in TARGETS if (value := _reached(target, settings)) is not None]
+    rows = [
+        [
+            target.what,
+            f"{target.vllm:,}",
+            f"{value:,.0f}" if target.fixed else f"{value:.1f}",
+            f"{value / target.vllm:.1f}",
+            cell(target.target, ",d"),
+        ]
+        for target, value in found
+    ]
+    limits = [
+        f"- {limit.what}: {value:.3f} ({'at least' if limit.is_least else 'at most'} {limit.limit:g}"
+        f"{'' if limit.holds(value) else '; missed'})"
+        for limit, value in _limit_values(settings)
+    ]
+    if not rows and not limits:
+        return []
+    return [HEAD, *table(["", "vLLM", "ours", "times vLLM", "at least"], rows), "", *limits, ""]
+
+
+def _reached(target: Target, settings: Mapping[str, Sequence[Json]]) -> float | None:
+    """What ours did under that load, if that was measured."""
+    for result in settings.get(target.setting, ()):
+        for run in runs_of(result, "fixed" if target.fixed else "saturated"):
+            is_same = run.get("fixed") == target.fixed if target.fixed else _is_full(run)
+            if result["system"] == OURS and run["num_adapters"] == target.num_adapters and is_same:
+                figure: float = run[target.figure]
+                return figure
+    return None
+
+
+def _limit_values(settings: Mapping[str, Sequence[Json]]) -> Iterator[tuple[Limit, float]]:
+    """The limits that results decide, and what they say."""
+    for limit in LIMITS:
+        for result in settings.get(limit.what.partition(",")[0], ()):
+            value = limit.measure(result) if result["system"] == OURS else None
+            if value is not None:
+                yield limit, value
+
+
+def _is_full(run: Json) -> bool:
+    """Whether a saturated run is of the trace that the targets are for."""
+    return bool(run["num_requests"] == SATURATED_REQUESTS and tuple(run["lengths"]) == LENGTHS and run["alpha"] == 1)
