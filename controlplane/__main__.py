@@ -14,6 +14,7 @@ from controlplane.config import ControlPlaneConfig, parse_config
 from controlplane.errors import ServiceError
 from controlplane.registry.embedded_redis import EmbeddedRedisError
 from controlplane.registry.redis_registry import RegistryMismatchError
+from controlplane.scheduling import MakeScheduler, Scheduler
 from controlplane.services.auth import CredentialsError
 from controlplane.services.server import ListenError
 from controlplane.text.tokenizer import TokenizerError
@@ -30,21 +31,21 @@ _START_ERRORS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs until a signal; the exit status."""
+def main(argv: Sequence[str] | None = None, make_scheduler: MakeScheduler = Scheduler) -> int:
+    """Runs until a signal; the exit status. make_scheduler: another one than the real, for a comparison."""
     config = parse_config(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         # A message costs a fifth less than on asyncio's own loop (benchmarks/control_plane.py).
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(config))
+            runner.run(_run(config, make_scheduler))
     except _START_ERRORS as error:
         logging.getLogger(__name__).error("cannot serve: %s", error)
         return 1
     return 0
 
 
-async def _run(config: ControlPlaneConfig) -> None:
+async def _run(config: ControlPlaneConfig, make_scheduler: MakeScheduler) -> None:
     first, second = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -52,7 +53,7 @@ async def _run(config: ControlPlaneConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    async with serve(config) as control_plane:
+    async with serve(config, make_scheduler) as control_plane:
         _leave_to_stay()
         await first.wait()
         drain = asyncio.create_task(control_plane.drain(config.drain_timeout_s))

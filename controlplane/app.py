@@ -14,6 +14,7 @@ from controlplane.dispatch.dispatcher import Dispatcher, DispatcherConfig
 from controlplane.messages import DrainResult
 from controlplane.registry.directory import AdapterDirectory
 from controlplane.registry.registry import AdapterRegistry, RegistryConfig
+from controlplane.scheduling import MakeScheduler, Scheduler
 from controlplane.services.adapter_service import AdapterService
 from controlplane.services.auth import Authenticator
 from controlplane.services.health import HealthService
@@ -73,8 +74,10 @@ class Drainer:
 
 
 @asynccontextmanager
-async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
+async def serve(config: ControlPlaneConfig, make_scheduler: MakeScheduler = Scheduler) -> AsyncIterator[ControlPlane]:
     """Serves while the context is open. Data planes connect in the background: wait for health, or for the dispatcher.
+
+    make_scheduler: another one than the real, for a comparison.
 
     Raises:
         TokenizerError, CredentialsError: the model directory or the credentials file is not usable.
@@ -84,7 +87,8 @@ async def serve(config: ControlPlaneConfig) -> AsyncIterator[ControlPlane]:
     authenticator = Authenticator.from_file(config.credentials)
     tokenizer = await asyncio.to_thread(Tokenizer.load, config.model_dir)
     store = await asyncio.to_thread(ImageStore, config.store_dir, config.max_store_bytes)
-    dispatcher = Dispatcher(config.data_planes, DispatcherConfig(config.max_waiting, idle_prefetch=config.idle_prefetch))
+    dispatching = DispatcherConfig(config.max_waiting, idle_prefetch=config.idle_prefetch)
+    dispatcher = Dispatcher(config.data_planes, dispatching, make_scheduler=make_scheduler)
     health = HealthService(SERVICE_NAMES)
     drainer = Drainer(dispatcher, health)
     async with AsyncExitStack() as stack:

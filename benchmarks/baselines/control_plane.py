@@ -6,12 +6,10 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
-from unittest.mock import patch
 
 from benchmarks.baselines.options import Baseline, parse_options
 from benchmarks.baselines.slot_ledger import SlotScheduler
 from controlplane.__main__ import main as serve_control_plane
-from controlplane.dispatch import dispatcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options("python -m benchmarks.baselines.control_plane", sys.argv[1:] if argv is None else argv)
     if options.baseline is not Baseline.NO_UNIFY:
         return serve_control_plane(options.others)
-    # The service has no use for another scheduler, so there is no option for one: for the life of this process it has this one.
-    with patch.object(dispatcher, "Scheduler", partial(SlotScheduler, options.num_slots)):
-        return serve_control_plane(options.others)
+    return serve_control_plane(options.others, partial(SlotScheduler, options.num_slots))
 
 
 if __name__ == "__main__":

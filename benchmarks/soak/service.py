@@ -14,6 +14,7 @@ from benchmarks.model_shapes import ModelShape, write_config
 from controlplane.app import ControlPlane, serve
 from controlplane.config import ControlPlaneConfig
 from controlplane.messages import DataPlaneLoad
+from controlplane.scheduling import MakeScheduler, Scheduler
 from dataplane.assembly import load_data_plane
 from dataplane.config import DataPlaneConfig, LoadFormat
 from dataplane.model.config import load_model_config
@@ -30,7 +31,7 @@ IDLE_POLL_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class PlaneOptions:
-    """What the data plane is told, as in its configuration. parts: that are replaced, of a baseline."""
+    """What the data plane is told, as in its configuration. parts, make_scheduler: what a baseline replaces, in either plane."""
 
     device: str
     dtype: str
@@ -39,6 +40,7 @@ class PlaneOptions:
     token_budget: int
     max_lora_rank: int
     parts: Parts = field(default_factory=Parts)
+    make_scheduler: MakeScheduler = Scheduler
 
 
 class SoakService:
@@ -100,9 +102,9 @@ async def serve_both(root: Path, shape: ModelShape, options: PlaneOptions) -> As
     server = DataPlaneServer(data_plane, config.listen, config.stop_timeout_s)
     await server.start()
     try:
-        listen = (f"unix:{root}/cp",)
+        front = ControlPlaneConfig(model_dir, config.listen, root / "state", (f"unix:{root}/cp",), adapter_roots=(root,))
         async with (
-            serve(ControlPlaneConfig(model_dir, config.listen, root / "state", listen, adapter_roots=(root,))) as control_plane,
+            serve(front, options.make_scheduler) as control_plane,
             grpc.aio.insecure_channel(control_plane.address) as channel,
         ):
             if not await control_plane.dispatcher.wait_connected(CONNECT_TIMEOUT_S):

@@ -29,7 +29,7 @@ from controlplane.messages import (
     RequestSpec,
     TokenSink,
 )
-from controlplane.scheduling import EndedRequest, Request, RequestState, Scheduler, SchedulerConfig, StepEvents
+from controlplane.scheduling import EndedRequest, MakeScheduler, Request, RequestState, Scheduler, SchedulerConfig, StepEvents
 from protos.planes import EngineState, StepReport
 
 _log = logging.getLogger(__name__)
@@ -57,12 +57,16 @@ class Dispatcher:
     """Runs on one event loop. Only start, close, wait_connected and drain await; nothing here makes a task per token."""
 
     def __init__(
-        self, addresses: Sequence[str], config: DispatcherConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        addresses: Sequence[str],
+        config: DispatcherConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        make_scheduler: MakeScheduler = Scheduler,
     ) -> None:
-        """clock: must run as fast as the event loop's; deadlines are times on it."""
+        """clock: must run as fast as the event loop's; deadlines are times on it. make_scheduler: another one, to compare."""
         self._config = config or DispatcherConfig()
         self._clock = clock
-        self._scheduler = Scheduler(SchedulerConfig(self._config.max_waiting, idle_prefetch=self._config.idle_prefetch))
+        self._scheduler = make_scheduler(SchedulerConfig(self._config.max_waiting, idle_prefetch=self._config.idle_prefetch))
         self._sessions = {a: DataPlaneSession(a, self, self._config.session) for a in dict.fromkeys(addresses)}
         self._sinks = Sinks()
         self._reference: DataPlaneDescription | None = None

@@ -2,12 +2,13 @@
 
 from controlplane.scheduling.policy import FcfsPolicy
 from controlplane.scheduling.request import Request, RequestState
-from controlplane.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
+from controlplane.scheduling.scheduler import MakeScheduler, Schedule, Scheduler, SchedulerConfig
 from controlplane.scheduling.step_events import EndedRequest, SampledTokens, StepEvents
 
 __all__ = [
     "EndedRequest",
     "FcfsPolicy",
+    "MakeScheduler",
     "Request",
     "RequestState",
     "SampledTokens",

@@ -4,7 +4,7 @@ Pure logic: no I/O, no clock (time is passed in), no meaning of tokens. Single-t
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.errors import ServiceError
@@ -314,3 +314,7 @@ class Scheduler:
         lists = prefetch_lists(self._waiting.first(LOOKAHEAD), self._preload.digests(), data_planes)
         for data_plane, digests in zip(data_planes, spare, strict=True):
             data_plane.set_lists(tuple(dict.fromkeys((*lists[data_plane.address], *digests))), self._pinned)
+
+
+# Another scheduler than the real one, for a comparison.
+MakeScheduler = Callable[[SchedulerConfig], Scheduler]

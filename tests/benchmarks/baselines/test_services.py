@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import grpc
 import pytest
@@ -17,7 +16,7 @@ from benchmarks.baselines.slot_ledger import SlotScheduler
 from benchmarks.model_shapes import ModelShape
 from benchmarks.soak.adapters import register_random
 from benchmarks.soak.service import PlaneOptions, serve_both
-from controlplane.dispatch import dispatcher
+from controlplane.scheduling import MakeScheduler, Scheduler
 from dataplane.parts import Parts
 from protos.loraplane.v1 import inference_pb2, inference_pb2_grpc
 
@@ -65,9 +64,11 @@ class Answers:
     num_preemptions: int
 
 
-def answers_of(directory: Path, parts: Parts) -> Answers:
+def answers_of(directory: Path, parts: Parts, make_scheduler: MakeScheduler = Scheduler) -> Answers:
     """What a service of these parts says."""
-    options = PlaneOptions("cpu", "float32", NUM_PAGES, max_num_seqs=16, token_budget=64, max_lora_rank=8, parts=parts)
+    options = PlaneOptions(
+        "cpu", "float32", NUM_PAGES, 16, token_budget=64, max_lora_rank=8, parts=parts, make_scheduler=make_scheduler
+    )
 
     async def run() -> Answers:
         async with serve_both(directory, SHAPE, options) as running:
@@ -94,7 +95,6 @@ def test_padded_bmm_says_the_same(expected: list[list[int]], tmp_path: Path) -> 
 
 def test_fixed_slots_say_the_same_though_slots_and_pages_are_few(expected: list[list[int]], tmp_path: Path) -> None:
     options = BaselineOptions(Baseline.NO_UNIFY, NUM_SLOTS, LORA_MODULES, ())
-    with patch.object(dispatcher, "Scheduler", partial(SlotScheduler, NUM_SLOTS)):
-        answers = answers_of(tmp_path, parts_of(options))
+    answers = answers_of(tmp_path, parts_of(options), partial(SlotScheduler, NUM_SLOTS))
     assert answers.token_ids == expected
     assert answers.num_preemptions, "there were pages enough for everybody"

@@ -15,7 +15,8 @@ from benchmarks.null_engine import NullConfig, null_tokens
 from controlplane.dispatch.data_plane_session import SessionConfig
 from controlplane.dispatch.dispatcher import Dispatcher, DispatcherConfig, RequestHandle
 from controlplane.errors import AbortedError, DeadlineError, InternalError, QueueFullError, UnavailableError
-from controlplane.messages import AdapterRef, FinishReason, RequestOutcome, RequestSpec
+from controlplane.messages import AdapterRef, DoesNotFit, FinishReason, RequestOutcome, RequestSpec
+from controlplane.scheduling import Scheduler
 from protos.planes import AdapterPlace, EngineSampling, StepLogprobs
 
 PATIENCE_S = 20.0
@@ -152,6 +153,24 @@ def test_a_full_queue_refuses_and_leaves_the_others_alone(sockets: list[str]) ->
             for request, sink, _ in submitted:
                 await sink.wait()
                 assert sink.tokens == expected(request)
+
+    asyncio.run(play())
+
+
+def test_another_scheduler_takes_the_place_of_the_real_one(sockets: list[str]) -> None:
+    class TakesNone(Scheduler):
+        def check_fits(self, spec: RequestSpec) -> DoesNotFit | None:
+            return DoesNotFit(1, 0, 0)
+
+    async def play() -> None:
+        async with serve(sockets[0], PLAIN):
+            dispatcher = Dispatcher(sockets[:1], CONFIG, make_scheduler=TakesNone)
+            await dispatcher.start()
+            try:
+                await dispatcher.wait_connected(PATIENCE_S)
+                assert dispatcher.check_fits(spec()) == DoesNotFit(1, 0, 0)
+            finally:
+                await dispatcher.close()
 
     asyncio.run(play())
 
