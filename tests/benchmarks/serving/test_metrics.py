@@ -20,8 +20,8 @@ def outcome(index: int, at_s: float, arrivals: list[tuple[float, int]], **change
 # Planned for 1 s: first token after 2 s, five tokens in three messages, the last at 7 s.
 FIRST = outcome(0, 1.0, [(3.0, 1), (4.0, 3), (7.0, 1)], server=ServerTimings(0.5, 0.0, 0))
 # First token after 8 s: too late for the SLO.
-SLOW = outcome(1, 2.0, [(10.0, 1), (11.0, 1)], server=ServerTimings(6.5, 0.2, 2))
-QUICK = outcome(2, 2.0, [(2.5, 4)], server=ServerTimings(0.0, 0.0004, 0))
+SLOW = outcome(1, 2.0, [(10.0, 1), (11.0, 1)], server=ServerTimings(6.5, 0.0004, 2))
+QUICK = outcome(2, 2.0, [(2.5, 4)], server=ServerTimings(0.0, 0.0, 0))
 REFUSED = outcome(3, 4.0, [], status="RESOURCE_EXHAUSTED", detail="the queue is full")
 
 
