@@ -20,7 +20,7 @@ generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I.
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 PACKAGES := adapter_store controlplane dataplane kernels protos
 
-.PHONY: help setup demo test lint check-python check-protos check-stubs protos report gpu-test clean
+.PHONY: help setup demo test lint check-python check-protos check-stubs protos report evaluation gpu-test clean
 
 help:  ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -78,6 +78,9 @@ protos: $(STAMP)  ## Generate the Python stubs from protos/ again.
 
 report: $(STAMP)  ## Write docs/performance.md from benchmarks/results.
 	@$(BIN)/python -m benchmarks.report
+
+evaluation: $(STAMP)  ## Measure the service on this machine's GPU, about half an hour on an H200; then: make report
+	@$(BIN)/python -m benchmarks.evaluation
 
 # Not after $(STAMP), which might bring another torch into an environment that has the right one.
 gpu-test:  ## The tests that need a CUDA device, some of them under compute-sanitizer as well.

@@ -53,8 +53,10 @@ LLAMA_13B = ModelShape("llama-13b", 40, 5120, 40, 40, 13824, 32000, 2048)
 LLAMA_30B = ModelShape("llama-30b", 48, 7168, 56, 56, 19456, 32000, 2048)
 LLAMA_70B = ModelShape("llama-70b", 80, 8192, 64, 64, 24576, 32000, 2048)
 LLAMA_3_8B = ModelShape("llama-3-8b", 32, 4096, 32, 8, 14336, 128256, 8192, 500000.0)
+# To try a benchmark itself, on a CPU.
+TINY = ModelShape("tiny", 2, 64, 4, 2, 160, 199, 512)
 
-SHAPES = {shape.name: shape for shape in (LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, LLAMA_3_8B)}
+SHAPES = {shape.name: shape for shape in (LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, LLAMA_3_8B, TINY)}
 
 
 def geometry_of(shape: ModelShape, max_lora_rank: int = 64, dtype: str = "bfloat16") -> BaseGeometry:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapter_store.geometry import LORA_MODULES
-from benchmarks.model_shapes import ATTENTION_MODULES, LLAMA_3_8B, LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, ModelShape
+from benchmarks.model_shapes import ATTENTION_MODULES, LLAMA_3_8B, LLAMA_7B, LLAMA_13B, LLAMA_30B, LLAMA_70B, TINY, ModelShape
 from benchmarks.serving.trace import TraceRequest, to_line
 
 # Prompts and outputs have lengths uniform on [8, 512), each.
@@ -31,7 +31,8 @@ class Setting:
     modules: tuple[str, ...] = ATTENTION_MODULES
 
 
-# S3 has no results in the paper. M1 is not of the paper: a base of today, and every linear layer adapted.
+# S3 has no results in the paper. Not of the paper are M1, a base of today with every linear layer adapted, and tiny, which tries
+# a benchmark on a CPU.
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -41,6 +42,7 @@ SETTINGS = {
         Setting("S5", LLAMA_30B, (32,)),
         Setting("S6", LLAMA_70B, (64,)),
         Setting("M1", LLAMA_3_8B, (8, 16, 32, 64), LORA_MODULES),
+        Setting("tiny", TINY, (4, 8), LORA_MODULES),
     )
 }
 

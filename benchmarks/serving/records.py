@@ -12,7 +12,10 @@ _IDENTITY = ("kind", "num_adapters", "rate", "cv", "trace", "fixed", "alpha", "n
 
 
 def by_setting(results: Mapping[str, Json]) -> dict[str, list[Json]]:
-    """By setting, one result for each system, ours first. Results of one system are taken together: their runs are its runs."""
+    """By setting, one result for each system, ours first. Results of one system are taken together: their runs are its runs.
+
+    A run without the base model beside it, which rates were shares of, is not shown again if an earlier result has the same.
+    """
     found: dict[str, dict[str, Json]] = {}
     for _, result in sorted(results.items()):
         systems = found.setdefault(setting_of(result), {})
@@ -21,7 +24,8 @@ def by_setting(results: Mapping[str, Json]) -> dict[str, list[Json]]:
         # Beside the base model of the same result alone, whatever else there is.
         of_base = [{**run, "of_base": run["requests_per_s"] / base if base else None} for run in merged]
         known = systems.setdefault(result["system"], {**result, "runs": []})
-        known["runs"] = [*known["runs"], *of_base]
+        seen = set(map(_identity, known["runs"]))
+        known["runs"] = [*known["runs"], *(run for run in of_base if base or _identity(run) not in seen)]
     return {
         setting: sorted(systems.values(), key=lambda result: (result["system"] != OURS, result["system"]))
         for setting, systems in sorted(found.items())
@@ -62,11 +66,15 @@ def describe(run: Json) -> str:
     return f"{name}, {run['rate']:.1f} requests/s" + (f", cv {run['cv']:g}" if run["cv"] != 1 else "")
 
 
+def _identity(run: Json) -> tuple[object, ...]:
+    return tuple(run.get(name) for name in _IDENTITY)
+
+
 def _merge_repeated(runs: Sequence[Json]) -> list[Json]:
     """Of runs that are the same, the one in the middle by throughput; `repeats` has the throughputs of all."""
     groups: dict[tuple[object, ...], list[Json]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.get(name) for name in _IDENTITY), []).append(run)
+        groups.setdefault(_identity(run), []).append(run)
     merged = []
     for group in groups.values():
         ordered = sorted(group, key=lambda run: float(run["requests_per_s"]))

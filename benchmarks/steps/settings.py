@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.model_shapes import LLAMA_3_8B, LLAMA_7B, ModelShape
-
-_TINY = ModelShape("tiny", 2, 64, 4, 2, 160, 199, 512)
+from benchmarks.model_shapes import LLAMA_3_8B, LLAMA_7B, TINY, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +75,8 @@ SETTINGS = {
         num_steps=40,
     ),
     "tiny": StepSettings(
-        shape=_TINY,
-        wide_shape=_TINY,
+        shape=TINY,
+        wide_shape=TINY,
         context=40,
         batches=(1, 4, 8),
         small_rank=2,

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 
-from adapter_store.geometry import LORA_MODULES
-from benchmarks.model_shapes import ModelShape
 from benchmarks.serve import main
 from benchmarks.serving.plan import RunPlan, Workload, draw_trace
 from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 from benchmarks.serving.trace import TraceRequest, write_trace
-from benchmarks.workload import SETTINGS, Setting
 
 DATA_PLANE = "dataplane --device cpu --dtype float32 --num-pages 300 --max-model-len 256"
 LENGTHS = (4, 24)
@@ -83,9 +80,7 @@ def test_a_service_of_its_own_is_measured_with_and_without_adapters(repository: 
     assert [run["rate"] for run in result["runs"][3:]] == [pytest.approx(2 * slowest)] * 3
 
 
-def test_a_setting_is_served_with_random_weights_and_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = ModelShape("tiny", 2, 64, 4, 2, 160, 200, 512)
-    monkeypatch.setitem(SETTINGS, "tiny", Setting("tiny", shape, (4, 8), LORA_MODULES))
+def test_a_setting_is_served_with_random_weights_and_adapters(tmp_path: Path) -> None:
     result = result_of(
         tmp_path / "result.json",
         *("--setting", "tiny", "--data-plane", "dataplane --device cpu --num-pages 400", "--adapters", "60", "--requests", "40"),

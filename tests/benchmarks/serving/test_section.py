@@ -101,6 +101,19 @@ def test_runs_of_one_system_in_two_files_are_taken_together(fabricated: Any, tmp
     assert "other systems" not in page
 
 
+def test_a_run_that_gave_rates_their_measure_is_not_shown_twice(fabricated: Any, tmp_path: Path) -> None:
+    run, result = fabricated.run, fabricated.result
+    at_rate = run(5, 14.0, kind="open_loop", rate=15.0, rate_share=0.5, cv=1.0)
+    results = {
+        "serving_loraplane_S1": result("loraplane", "S1", [run(0, 40.0), run(5, 30.0)]),
+        "serving_loraplane_S1_rates": result("loraplane", "S1", [run(5, 31.0), run(100, 30.0), at_rate]),
+    }
+    page = report(results, tmp_path)
+    assert row_of(page, "loraplane, 5 adapters")[0] == "30.00" and "31.00" not in page
+    assert row_of(page, "loraplane, 100 adapters")[0] == "30.00"
+    assert row_of(page, "loraplane, 5 adapters", 1)[0] == "15.0 (50%)"
+
+
 def test_a_run_without_success_and_a_server_that_says_nothing_have_empty_cells(fabricated: Any, tmp_path: Path) -> None:
     failed = fabricated.run(5, 0.0, load=False, num_completed=0, ttft_s={}, itl_s={}, e2e_s={}, server={})
     page = report({"serving_vllm_S1": fabricated.result("vllm", "S1", [failed])}, tmp_path)

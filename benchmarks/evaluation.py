@@ -1,0 +1,126 @@
+"""The whole evaluation with one command: part after part as a process of its own, each with a time limit and a result file.
+
+    python -m benchmarks.evaluation                        what docs/performance.md says of the service under load
+    python -m benchmarks.evaluation --max-seconds 590      as much of it as fits, and which parts did not
+    python -m benchmarks.evaluation --parts S1 S1-bmm
+    python -m benchmarks.evaluation --suite tiny --results /tmp/tried      the harness itself, on a CPU
+    python -m benchmarks.evaluation --list                 all parts, with the command of each
+
+A part that fails or is cut off leaves what it had measured by then, and the others run all the same. Knows how parts are run;
+what they are is in evaluation_parts.py.
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.evaluation_parts import PARTS, SHORT, SUITES, TINY, Part
+from benchmarks.options import make_parser
+from benchmarks.process import ROOT
+from benchmarks.result_file import RESULTS
+from benchmarks.screen import say
+
+# Of a part that is told to end: to stop the planes that it started.
+STOP_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a part. state: done, failed or left out."""
+
+    part: Part
+    state: str
+    elapsed_s: float = 0.0
+    why: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts and says at the end what became of each; 1 if one failed."""
+    args = _parse(argv)
+    extra = ("--commit", args.commit) if args.commit else ()
+    if args.list:
+        for part in PARTS:
+            print(f"{part.suite:6s} {part.name:17s} about {part.takes_s:4.0f} s  {shlex.join(part.command(args.results, extra))}")
+        return 0
+    outcomes = run_parts(args.parts, args.results, args.max_seconds, extra)
+    print("\n".join(table(outcomes)), flush=True)
+    return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+
+
+def run_parts(parts: Sequence[Part], results: Path, max_seconds: float | None, extra: Sequence[str] = ()) -> list[Outcome]:
+    """One part after the other. max_seconds: of all together; a part that is likely to take longer than is left is left out.
+
+    extra: arguments of every part.
+    """
+    started_at = time.monotonic()
+    outcomes = []
+    for part in parts:
+        left_s = float("inf") if max_seconds is None else max_seconds - (time.monotonic() - started_at)
+        if part.takes_s > left_s:
+            why = f"it takes about {part.takes_s:.0f} s, and {max(0.0, left_s):.0f} of --max-seconds are left"
+            outcomes.append(Outcome(part, "left out", why=why))
+        else:
+            outcomes.append(_run(part, part.command(results, extra), min(part.limit_s, left_s)))
+        say(f"{outcomes[-1].state}: {part.name} {outcomes[-1].why}")
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each part."""
+    return [f"{o.part.name:17s} {o.state:8s} {o.elapsed_s:6.0f} s  {o.why or o.part.result}" for o in outcomes]
+
+
+def _run(part: Part, command: Sequence[str], limit_s: float) -> Outcome:
+    say(f"{part.name}: {part.arguments}")
+    started_at = time.monotonic()
+    # A group of its own: Ctrl-C is for this process, which ends the part in order.
+    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0)
+    try:
+        code = process.wait(limit_s)
+        why = f"exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        why = f"cut off after {limit_s:.0f} s"
+    finally:
+        _stop(process)
+    return Outcome(part, "failed" if why else "done", time.monotonic() - started_at, why)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends it if it runs. As Ctrl-C, so that it stops what it started."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("benchmarks.evaluation", __doc__)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--suite", choices=SUITES, default=SHORT, help=f"which parts ({SHORT})")
+    chosen.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], metavar="NAME", help="these, in this order")
+    parser.add_argument("--list", action="store_true", help="show all parts and run none")
+    parser.add_argument("--max-seconds", type=float, metavar="SECONDS", help="of all parts together (no limit)")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="where result files go (benchmarks/results)")
+    parser.add_argument("--commit", help="of what is measured, if that is a copy without its history")
+    args = parser.parse_args(argv)
+    by_name = {part.name: part for part in PARTS}
+    args.parts = [by_name[name] for name in args.parts or ()] or [part for part in PARTS if part.suite == args.suite]
+    if args.results is None and not args.list and any(part.suite == TINY for part in args.parts):
+        parser.error(f"--suite {TINY} measures nothing that the report should show; give --results DIR")
+    # Parts run in the root of the repository.
+    args.results = args.results.resolve() if args.results else RESULTS.relative_to(ROOT)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

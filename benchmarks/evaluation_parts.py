@@ -1,0 +1,101 @@
+"""What the evaluation consists of, as data: the command of each part, and about how long it takes on an H200. Runs nothing."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.serving.records import OURS
+
+# What the report on serving needs; settings of the paper, at its rates and for its durations, which takes long; the parts of the
+# service alone; everything in small, on a CPU.
+SUITES = (SHORT, PAPER, PIECES, TINY) = ("short", "paper", "pieces", "tiny")
+MIN_LIMIT_S = 120.0
+LIMIT_FACTOR = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """arguments: of python -m. result: the file's name. takes_s: about how long, which nothing is judged by."""
+
+    suite: str
+    name: str
+    result: str
+    takes_s: float
+    arguments: str
+
+    @property
+    def limit_s(self) -> float:
+        """When it is taken to hang: the first start on a machine compiles kernels."""
+        return max(MIN_LIMIT_S, LIMIT_FACTOR * self.takes_s)
+
+    def command(self, results: Path, extra: Sequence[str] = ()) -> list[str]:
+        """As one would type it."""
+        return ["python", "-m", *shlex.split(self.arguments), "--out", str(results / self.result), *extra]
+
+
+def _serving(suite: str, name: str, takes_s: float, arguments: str, system: str = OURS) -> Part:
+    """Named S1-bmm, its result is serving_SYSTEM_S1.json; what else distinguishes it stands behind the setting."""
+    setting, _, rest = name.partition("-")
+    suffix = f"_{rest}" if rest and system == OURS else ""
+    named = f" --system {system}" if system != OURS else ""
+    result = f"serving_{system}_{setting}{suffix}.json"
+    return Part(suite, name, result, takes_s, f"benchmarks.serve --setting {setting} {arguments}{named}")
+
+
+def _planes(baseline: str, options: str = "", of_data_plane: str = "") -> str:
+    """Both planes of a baseline. options: of both."""
+    data = f"benchmarks.baselines.data_plane --baseline {baseline} {options} {of_data_plane}".split()
+    control = f"benchmarks.baselines.control_plane --baseline {baseline} {options}".split()
+    return f"--data-plane '{' '.join(data)}' --control-plane '{' '.join(control)}'"
+
+
+_SLOTS = "--slots 32 --slot-modules q_proj,k_proj,v_proj,o_proj"
+_PEFT = "benchmarks.baselines.peft_serve --setting"
+_CPU = "--device cpu --num-pages 400"
+_FEW = "--adapters 3 --requests 12 --lengths 4,12 --clients 1 --warmup 4"
+
+PARTS = (
+    _serving(SHORT, "S1", 150, "--adapters 5,100,1000,2000 --base-only"),
+    _serving(SHORT, "S1-fixed", 75, "--fixed 64x128x256,32x128x256,32x128x256:32 --repeat 5"),
+    _serving(SHORT, "S2", 120, "--adapters 5,100,400 --base-only"),
+    _serving(SHORT, "S2-fixed", 50, "--fixed 64x128x256:8 --repeat 5"),
+    _serving(SHORT, "S1-rates", 320, "--adapters 5,1000 --rates 50%,80%,95% --duration 30"),
+    _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only {_planes('bmm')}", "loraplane-bmm"),
+    # Slots as large as the adapters that are served, and no larger.
+    _serving(
+        SHORT,
+        "S1-no-unify",
+        200,
+        f"--adapters 5,100,1000 --base-only {_planes('no-unify', _SLOTS, '--max-lora-rank 8')}",
+        "loraplane-no-unify",
+    ),
+    Part(SHORT, "S1-peft", "serving_peft_S1.json", 200, f"{_PEFT} S1 --adapters 5,100 --max-seconds 60"),
+    # A host cache for a quarter of the adapters, and none on the device before a request asks for it.
+    _serving(
+        SHORT,
+        "S1-cold",
+        120,
+        "--adapters 1000 --base-only --no-idle-prefetch --data-plane 'dataplane --host-cache-bytes 4294967296'",
+        "loraplane-no-prefetch",
+    ),
+    Part(SHORT, "registration", "registration.json", 30, "benchmarks.registration --adapters 1000"),
+    # Table 3 of the paper: 10 requests a second for two minutes. S4 as many as host memory holds.
+    _serving(PAPER, "S1-table3", 720, "--adapters 5,100,1000,2000 --base-only --no-saturated --rates 10 --duration 120"),
+    _serving(PAPER, "S2-table3", 480, "--adapters 5,100,400 --base-only --no-saturated --rates 10 --duration 120"),
+    _serving(PAPER, "S4-table3", 480, "--adapters 2,100,400 --base-only --no-saturated --rates 10 --duration 120"),
+    _serving(PAPER, "S1-rate", 1080, "--adapters 1000 --no-saturated --rates 5,10,15,20,25,30,35,40 --duration 120"),
+    _serving(PAPER, "S1-cv", 1000, "--adapters 1000 --rates 80% --cvs 1,2,4,6,8 --duration 180"),
+    # With the limit on the first token sent along, so that the scheduler may give up what would be late.
+    _serving(PAPER, "S1-cv-slo", 1000, "--adapters 1000 --rates 80% --cvs 1,2,4,6,8 --duration 180 --slo 6", "loraplane-slo"),
+    Part(PIECES, "kernels", "kernels.json", 60, "benchmarks.kernels"),
+    Part(PIECES, "engine", "engine.json", 300, "benchmarks.engine"),
+    Part(PIECES, "adapters", "adapters.json", 120, "benchmarks.adapters"),
+    Part(PIECES, "churn", "churn.json", 480, "benchmarks.churn"),
+    Part(PIECES, "control-plane", "control_plane.json", 90, "benchmarks.control_plane"),
+    _serving(TINY, "tiny", 20, f"{_FEW} --base-only --rates 80% --duration 0.5 --data-plane 'dataplane {_CPU}'"),
+    _serving(TINY, "tiny-bmm", 20, f"{_FEW} {_planes('bmm', of_data_plane=_CPU)}", "loraplane-bmm"),
+    _serving(TINY, "tiny-no-unify", 20, f"{_FEW} {_planes('no-unify', '--slots 2', _CPU)}", "loraplane-no-unify"),
+    Part(TINY, "tiny-peft", "serving_peft_tiny.json", 20, f"{_PEFT} tiny --adapters 3 --requests 8 --lengths 4,12 --device cpu"),
+    Part(TINY, "tiny-registration", "registration.json", 20, "benchmarks.registration --adapters 20 --shape tiny"),
+)

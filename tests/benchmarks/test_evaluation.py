@@ -1,0 +1,106 @@
+"""The evaluation runs all that it is told to, whatever becomes of single parts, and says what became of each."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evaluation, report
+from benchmarks.evaluation_parts import PARTS, PIECES, SHORT, TINY, Part
+from benchmarks.serving.options import parse_options
+
+# A benchmark as the evaluation sees one: writes what it was told to, and ends as it was told to.
+MODULE = """
+import sys, time
+from pathlib import Path
+
+what, out = sys.argv[1], Path(sys.argv[sys.argv.index("--out") + 1])
+try:
+    if what == "hang":
+        time.sleep(600)
+    out.write_text(" ".join(sys.argv[1:]))
+    sys.exit(3 if what == "fail" else 0)
+except KeyboardInterrupt:
+    out.write_text("stopped in order")
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Part]:
+    """One that fails, one that ends, one that would take an hour and one that would not."""
+    (tmp_path / "played.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    parts = [
+        Part(SHORT, "broken", "broken.json", 0, "played fail"),
+        Part(SHORT, "whole", "whole.json", 0, "played end"),
+        Part(SHORT, "long", "long.json", 3600, "played end"),
+        Part(SHORT, "last", "last.json", 0, "played end"),
+        Part(TINY, "hanging", "hanging.json", 0, "played hang"),
+    ]
+    monkeypatch.setattr(evaluation, "PARTS", parts)
+    return parts
+
+
+def states(printed: str) -> dict[str, str]:
+    """By the names of parts, what the table says of them."""
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in printed.splitlines()}
+
+
+def test_a_part_that_fails_stops_no_other_and_is_told(
+    parts: list[Part], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation.main(["--results", str(tmp_path), "--commit", "abc"]) == 1
+    table = states(capfd.readouterr().out)
+    assert list(table) == ["broken", "whole", "long", "last"]
+    assert table["broken"].startswith("failed") and table["broken"].endswith("exit code 3")
+    assert all(table[name].startswith("done") and table[name].endswith(f"{name}.json") for name in ("whole", "long", "last"))
+    assert (tmp_path / "last.json").read_text() == f"end --out {tmp_path / 'last.json'} --commit abc"
+
+
+def test_a_part_that_would_take_too_long_is_left_out_and_told(
+    parts: list[Part], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = [part.name for part in parts[1:4]]
+    assert evaluation.main(["--parts", *names, "--max-seconds", "60", "--results", str(tmp_path)]) == 0
+    table = states(capfd.readouterr().out)
+    assert table["long"].startswith("left out") and "takes about 3600 s" in table["long"]
+    assert table["last"].startswith("done") and not (tmp_path / "long.json").exists()
+
+
+def test_a_part_that_hangs_is_stopped_in_order_when_the_time_is_up(parts: list[Part], tmp_path: Path) -> None:
+    (outcome,) = evaluation.run_parts(parts[-1:], tmp_path, max_seconds=1.5)
+    assert outcome.state == "failed" and outcome.why.startswith("cut off after")
+    assert (tmp_path / "hanging.json").read_text() == "stopped in order"
+
+
+def test_small_parts_overwrite_no_result_of_the_report(parts: list[Part], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluation.main(["--suite", TINY])
+    assert "--results DIR" in capsys.readouterr().err
+
+
+def test_results_have_names_of_their_own_that_the_report_knows() -> None:
+    real = [part for part in PARTS if part.suite != TINY]
+    assert len({part.result for part in real}) == len(real) and len({part.name for part in PARTS}) == len(PARTS)
+    for part in real:
+        assert part.result.startswith("serving_") or part.result.removesuffix(".json") in report.SECTIONS, part.name
+    assert {part.result.removesuffix(".json") for part in real if part.suite == PIECES} < set(report.SECTIONS)
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.arguments.startswith("benchmarks.serve ")], ids=lambda p: p.name)
+def test_a_part_is_a_command_that_the_benchmark_takes(part: Part) -> None:
+    options = parse_options(shlex.split(part.arguments)[1:])
+    assert options.runs and part.result.startswith(f"serving_{options.system}_{options.setting_name}")
+
+
+def test_a_baseline_is_measured_on_a_cpu_and_reported(tmp_path: Path) -> None:
+    assert evaluation.main(["--parts", "tiny-no-unify", "--results", str(tmp_path), "--commit", "abc"]) == 0
+    result = json.loads((tmp_path / "serving_loraplane-no-unify_tiny.json").read_text())
+    (run,) = result["runs"]
+    assert run["num_completed"] == run["num_requests"] == 12 and run["num_distinct_adapters"] == 3
+    # The command is one for anybody: not of where this one was to write.
+    assert result["command"].startswith("python -m benchmarks.serve --setting tiny") and str(tmp_path) not in result["command"]
+    report.write_page(tmp_path, tmp_path / "performance.md")
+    assert "loraplane-no-unify, 3 adapters" in (tmp_path / "performance.md").read_text()
