@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in PARTS:
             print(f"{part.suite:6s} {part.name:17s} about {part.takes_s:4.0f} s  {shlex.join(part.command(args.results, extra))}")
         return 0
-    outcomes = run_parts(args.parts, args.results, args.max_seconds, extra)
+    try:
+        outcomes = run_parts(args.parts, args.results, args.max_seconds, extra)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     print("\n".join(table(outcomes)), flush=True)
     return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
 
@@ -123,4 +127,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Ctrl-C is heard in a shell's background job as well, where it would be ignored, by the parts too; and SIGTERM is the same.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

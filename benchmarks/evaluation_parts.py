@@ -43,14 +43,20 @@ def _serving(suite: str, name: str, takes_s: float, arguments: str, system: str 
     return Part(suite, name, result, takes_s, f"benchmarks.serve --setting {setting} {arguments}{named}")
 
 
-def _planes(baseline: str, options: str = "", of_data_plane: str = "") -> str:
-    """Both planes of a baseline. options: of both."""
-    data = f"benchmarks.baselines.data_plane --baseline {baseline} {options} {of_data_plane}".split()
-    control = f"benchmarks.baselines.control_plane --baseline {baseline} {options}".split()
-    return f"--data-plane '{' '.join(data)}' --control-plane '{' '.join(control)}'"
+_BMM = "benchmarks.baselines.data_plane --baseline bmm"
 
 
-_SLOTS = "--slots 32 --slot-modules q_proj,k_proj,v_proj,o_proj"
+def _no_unify(num_slots: int, of_data_plane: str) -> str:
+    """Both planes of that baseline, as one option each."""
+    baseline = f"--baseline no-unify --slots {num_slots}"
+    return (
+        f"--data-plane 'benchmarks.baselines.data_plane {baseline} {of_data_plane}' "
+        f"--control-plane 'benchmarks.baselines.control_plane {baseline}'"
+    )
+
+
+# As large as the adapters that are served, and no larger.
+_SLOTS = _no_unify(32, "--slot-modules q_proj,k_proj,v_proj,o_proj --max-lora-rank 8")
 _PEFT = "benchmarks.baselines.peft_serve --setting"
 _CPU = "--device cpu --num-pages 400"
 _FEW = "--adapters 3 --requests 12 --lengths 4,12 --clients 1 --warmup 4"
@@ -61,15 +67,8 @@ PARTS = (
     _serving(SHORT, "S2", 120, "--adapters 5,100,400 --base-only"),
     _serving(SHORT, "S2-fixed", 50, "--fixed 64x128x256:8 --repeat 5"),
     _serving(SHORT, "S1-rates", 320, "--adapters 5,1000 --rates 50%,80%,95% --duration 30"),
-    _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only {_planes('bmm')}", "loraplane-bmm"),
-    # Slots as large as the adapters that are served, and no larger.
-    _serving(
-        SHORT,
-        "S1-no-unify",
-        200,
-        f"--adapters 5,100,1000 --base-only {_planes('no-unify', _SLOTS, '--max-lora-rank 8')}",
-        "loraplane-no-unify",
-    ),
+    _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
+    _serving(SHORT, "S1-no-unify", 200, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
     Part(SHORT, "S1-peft", "serving_peft_S1.json", 200, f"{_PEFT} S1 --adapters 5,100 --max-seconds 60"),
     # A host cache for a quarter of the adapters, and none on the device before a request asks for it.
     _serving(
@@ -80,7 +79,7 @@ PARTS = (
         "loraplane-no-prefetch",
     ),
     Part(SHORT, "registration", "registration.json", 30, "benchmarks.registration --adapters 1000"),
-    # Table 3 of the paper: 10 requests a second for two minutes. S4 as many as host memory holds.
+    # Table 3 of the paper: 10 requests a second for two minutes. An adapter of S4 takes 120 MB, so there are fewer.
     _serving(PAPER, "S1-table3", 720, "--adapters 5,100,1000,2000 --base-only --no-saturated --rates 10 --duration 120"),
     _serving(PAPER, "S2-table3", 480, "--adapters 5,100,400 --base-only --no-saturated --rates 10 --duration 120"),
     _serving(PAPER, "S4-table3", 480, "--adapters 2,100,400 --base-only --no-saturated --rates 10 --duration 120"),
@@ -94,8 +93,8 @@ PARTS = (
     Part(PIECES, "churn", "churn.json", 480, "benchmarks.churn"),
     Part(PIECES, "control-plane", "control_plane.json", 90, "benchmarks.control_plane"),
     _serving(TINY, "tiny", 20, f"{_FEW} --base-only --rates 80% --duration 0.5 --data-plane 'dataplane {_CPU}'"),
-    _serving(TINY, "tiny-bmm", 20, f"{_FEW} {_planes('bmm', of_data_plane=_CPU)}", "loraplane-bmm"),
-    _serving(TINY, "tiny-no-unify", 20, f"{_FEW} {_planes('no-unify', '--slots 2', _CPU)}", "loraplane-no-unify"),
+    _serving(TINY, "tiny-bmm", 20, f"{_FEW} --data-plane '{_BMM} {_CPU}'", "loraplane-bmm"),
+    _serving(TINY, "tiny-no-unify", 20, f"{_FEW} {_no_unify(2, _CPU)}", "loraplane-no-unify"),
     Part(TINY, "tiny-peft", "serving_peft_tiny.json", 20, f"{_PEFT} tiny --adapters 3 --requests 8 --lengths 4,12 --device cpu"),
     Part(TINY, "tiny-registration", "registration.json", 20, "benchmarks.registration --adapters 20 --shape tiny"),
 )
