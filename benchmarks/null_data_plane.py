@@ -17,6 +17,7 @@ import grpc
 
 from benchmarks.model_shapes import SHAPES, geometry_of
 from benchmarks.null_engine import NullConfig, NullEngine
+from benchmarks.options import make_parser
 from benchmarks.streaming.clock_engine import ClockEngine, StampEngine
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
@@ -180,7 +181,7 @@ async def _serve_forever(listen: str, config: NullConfig, engine_type: Callable[
 def main() -> None:
     """Command line."""
     defaults = NullConfig()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.null_data_plane", __doc__)
     parser.add_argument("--listen", required=True, help="host:port or unix:PATH")
     parser.add_argument("--step-ms", type=float, default=0.0, help="milliseconds that a step takes")
     parser.add_argument("--num-pages", type=int, default=defaults.num_pages)

@@ -1,7 +1,8 @@
 """An engine that computes nothing: its tokens are hashes, its pages are counted, not held. Pure, without a clock to wait on.
 
 It packs steps as the real engine does (decode first, chunked prefill, older admissions get pages first), so that starvation,
-adapter loads and preemption take their real course.
+adapter loads and preemption take their real course. It shares no code with that engine, so that it shares no bug with it. It is
+one file, as any part of it would need all of its state.
 """
 
 import time

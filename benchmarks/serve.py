@@ -107,21 +107,22 @@ async def _measure(options: Options, service: RunningService | None) -> int:
         if options.num_warm_up:
             await bench.warm_up(options.num_warm_up)
         runs: list[dict[str, Any]] = []
-        num_failed = 0
+        failed: dict[str, str] = {}
         for plan in options.runs:
             try:
                 with screen.run_progress(plan) as on_progress:
                     run = await bench.run(plan, on_progress)
             except (BenchError, TimeoutError) as error:
+                failed[screen.name_of(plan)] = f"{type(error).__name__}: {error}"
                 say(f"{screen.name_of(plan)}: {error}")
-                num_failed += 1
-                continue
-            screen.show_run(plan, run)
-            runs.append(run)
-            _write(options, measured, runs)
+            else:
+                screen.show_run(plan, run)
+                runs.append(run)
+            if runs:
+                _write(options, measured, runs, failed)
         if runs:
             say(f"written to {options.out}")
-        return 1 if num_failed else 0
+        return 1 if failed else 0
 
 
 @asynccontextmanager
@@ -168,7 +169,7 @@ def _openai(options: Options) -> Measured:
     return Measured(Server(names, options.vocab_size), target, None, {"model": peer.base_model})
 
 
-def _write(options: Options, measured: Measured, runs: list[dict[str, Any]]) -> None:
+def _write(options: Options, measured: Measured, runs: list[dict[str, Any]], failed: dict[str, str]) -> None:
     about = {
         "system": options.system,
         "setting": options.setting_name,
@@ -179,7 +180,8 @@ def _write(options: Options, measured: Measured, runs: list[dict[str, Any]]) -> 
         **measured.about,
     }
     device = options.device_name or measured.device
-    write_result(options.out, {**about, "runs": runs}, PACKAGES, device=device, commit=options.commit)
+    told = {"failed": failed} if failed else {}
+    write_result(options.out, {**about, "runs": runs, **told}, PACKAGES, device=device, commit=options.commit)
 
 
 if __name__ == "__main__":

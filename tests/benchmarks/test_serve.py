@@ -114,6 +114,17 @@ def test_requests_that_are_refused_are_counted_by_status(
     assert "'nobody'" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_made_is_told_beside_those_that_were(service: RunningService, tmp_path: Path) -> None:
+    write_trace(tmp_path / "bad.jsonl", [TraceRequest(0.0, 7, 8, 4)])
+    write_trace(tmp_path / "good.jsonl", [TraceRequest(0.0, None, 8, 4)])
+    traces = ("--trace", str(tmp_path / "bad.jsonl"), "--trace", str(tmp_path / "good.jsonl"))
+    out = tmp_path / "result.json"
+    assert main(["--target", service.address, *traces, "--clients", "1", "--warmup", "0", "--out", str(out)]) == 1
+    result = json.loads(out.read_text())
+    assert [run["trace"] for run in result["runs"]] == ["good.jsonl"]
+    assert result["failed"] == {"trace bad.jsonl": "BenchError: the trace asks for adapter number 7; there are 0, counted from 0"}
+
+
 def test_more_adapters_than_there_are_are_refused(service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--target", service.address, "--adapters", "5"]) == 1
     assert "5 adapters are asked for, and there are 0" in capsys.readouterr().err
