@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks.baselines.row_tables import RowTables
 from kernels.lora import Indices, LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraTarget
-from kernels.plan_layout import MAX_VECTOR_TOKENS, LoraLimits
+from kernels.plan_layout import LoraLimits
 
 # Rows are copied in elements of 16 bytes, at multiples of which they start, where their lengths allow it.
 _WIDE = torch.complex128
+# Segments of more tokens are padded apart from the others: prompts would pad every decode to their length.
+MAX_SHORT_TOKENS = 128
 
 Longs = NDArray[np.int64]
 
@@ -105,7 +107,7 @@ class BmmLoraOps(LoraOps):
             f"adapter_index has {index.min()} to {index.max()}, the step {len(adapters)} adapters"
         )
         segments = _segments(index, adapters)
-        is_short = segments.counts <= MAX_VECTOR_TOKENS
+        is_short = segments.counts <= MAX_SHORT_TOKENS
         chosen = [segments.choose(part) for part in (is_short, ~is_short) if part.any()]
         return BmmPlan(len(index), tuple(self._pad(part) for part in chosen))
 

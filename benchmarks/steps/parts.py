@@ -95,10 +95,7 @@ class StepParts:
         """What the last step's adapters take; nothing if it has none."""
         inputs = self._inputs()
         step, pool, lora = inputs.host, self._bench.loaded.pool, self._lora
-        launches = LoraLaunches.AS_NEEDED
-        if lora.can_be_captured:
-            # As the graphs of decodes are chosen: a batch with many tokens of an adapter has its tensor cores.
-            launches = lora.plan(step.adapter_index, step.adapters, LoraLaunches.MIXED).least_launches
+        launches = LoraLaunches.DECODE if lora.can_be_captured else LoraLaunches.AS_NEEDED
         plan = lora.plan(step.adapter_index, step.adapters, launches)
         if plan.is_empty:
             return LoraParts()

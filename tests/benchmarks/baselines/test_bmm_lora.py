@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from benchmarks.baselines.bmm_lora import BmmLoraOps
+from benchmarks.baselines.bmm_lora import MAX_SHORT_TOKENS, BmmLoraOps
 from kernels.lora import LoraAdapter, LoraRows, LoraTarget
 from kernels.lora_torch import TorchLoraOps
-from kernels.plan_layout import MAX_VECTOR_TOKENS, LoraLimits
+from kernels.plan_layout import LoraLimits
 
 Group = tuple[LoraTarget, ...]
 
@@ -46,8 +46,8 @@ steps = st.builds(
         min_size=NUM_ADAPTERS,
         max_size=NUM_ADAPTERS,
     ),
-    # Runs, so that segments longer than MAX_VECTOR_TOKENS come up; shuffled below.
-    adapter_index=st.lists(st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.integers(1, 2 * MAX_VECTOR_TOKENS)), max_size=6).map(
+    # Runs, so that segments longer than MAX_SHORT_TOKENS come up; shuffled below.
+    adapter_index=st.lists(st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.integers(1, 2 * MAX_SHORT_TOKENS)), max_size=6).map(
         lambda runs: [index for index, length in runs for _ in range(length)]
     ),
     num_padding_rows=st.integers(0, 3),
