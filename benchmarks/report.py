@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "engine": steps_section,
     "adapters": adapters_section,
     "churn": soak_section,
+    "churn_float32": partial(soak_section, has_head=False),
     "control_plane": _control_plane,
     "registration": _registration,
 }

@@ -19,9 +19,9 @@ median between an adapter and the base model.
 """
 
 
-def soak_section(result: dict[str, Any]) -> list[str]:
-    """What benchmarks.churn saw."""
-    return [HEAD, *(line for soak in result["soaks"] for line in _soak(soak))]
+def soak_section(result: dict[str, Any], *, has_head: bool = True) -> list[str]:
+    """What benchmarks.churn saw. has_head: not the second result of two."""
+    return [*([HEAD] if has_head else []), *(line for soak in result["soaks"] for line in _soak(soak))]
 
 
 def _soak(result: dict[str, Any]) -> list[str]:
