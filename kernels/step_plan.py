@@ -117,7 +117,7 @@ class StepPlanner:
         ranks = segments.ranks[of]
         widths = np.add.reduceat(ranks, self.shape.first_target, axis=1)
         row_tiles = ceil_div(widths, TILE_ROWS)
-        splits = self._split(spans, row_tiles, self._wanted_tasks.vector, VECTOR_SLICES)
+        splits = self._split(spans, -(-self._wanted_tasks.vector // _totals(row_tiles)), VECTOR_SLICES)
         pieces = self._pieces(of, segments.starts[of] + within, num_tokens)
         self._fill_starts(
             pieces,
@@ -140,7 +140,8 @@ class StepPlanner:
         ranks = ceil_div(segments.ranks[chosen], MATRIX_STEP) * MATRIX_STEP
         widths = np.add.reduceat(ranks, self.shape.first_target, axis=1)
         shrink_tiles = ceil_div(widths, MATRIX_SHRINK_ROWS) * ceil_div(num_tokens, MATRIX_SHRINK_TOKENS)[:, None]
-        splits = self._split(spans, shrink_tiles, self._wanted_tasks.matrix, MATRIX_SLICES)
+        # No more tasks than thread blocks fit at once: a few in a second round would take as long as the first.
+        splits = self._split(spans, self._wanted_tasks.matrix // _totals(shrink_tiles), MATRIX_SLICES)
         pieces = self._pieces(chosen, segments.starts[chosen], num_tokens)
         self._fill_starts(
             pieces,
@@ -152,11 +153,11 @@ class StepPlanner:
         )
         return pieces
 
-    def _split(self, spans: Ints, num_tiles: Longs, wanted_tasks: int, slices: Slices) -> Longs:
-        """Into how many slices each group's dot products are split: until there are enough tasks, as far as slices stay long."""
+    def _split(self, spans: Ints, wanted: Longs, slices: Slices) -> Longs:
+        """Into how many slices each group's dot products are split: as many as wanted, as far as slices stay long."""
         in_features = self.shape.in_features
         most = np.minimum(slices.most, ceil_div(in_features, slices.shortest))
-        splits = np.maximum(1, np.minimum(-(-wanted_tasks // np.maximum(1, num_tiles.sum(axis=0))), most))
+        splits = np.maximum(1, np.minimum(wanted, most))
         slice_length = ceil_div(ceil_div(in_features, splits), slices.step) * slices.step
         splits = ceil_div(in_features, slice_length)
         spans[:, 4], spans[:, 5] = splits, slice_length
@@ -196,6 +197,12 @@ def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
     """Which segments MBGMM computes: none, unless MBGMV would take longer for the step."""
     work = int(segments.counts @ segments.ranks.max(axis=1))
     return segments.counts > (MAX_VECTOR_TOKENS if work > MAX_VECTOR_WORK else np.iinfo(np.int32).max)
+
+
+def _totals(num_tiles: Longs) -> Longs:
+    """Of each group, 1 where it has none, so that one can divide by it."""
+    totals: Longs = num_tiles.sum(axis=0)
+    return np.maximum(1, totals)
 
 
 def _is_first_of_run(ordered: Ints) -> NDArray[np.bool_]:

@@ -164,6 +164,7 @@ def check_rooms(plan: Written) -> None:
                     expand.append((int(piece[PIECE_INTS + 3 * shape.num_groups + first + m]), num_expand))
             check_disjoint(products, capacity.parts if kind == 0 else capacity.products)
             assert sum(length for _, length in of_group) == span[1]
+            assert kind == 0 or num_splits <= 1 or int(span[1]) <= WANTED.matrix, "more than run at once"
             assert kind == 0 or num_splits <= 1 or int(span[1]) * 64 * 64 <= capacity.partials
             assert kind == 0 or num_splits <= 1 or int(span[1]) // num_splits <= capacity.counters
             shrink += of_group
@@ -179,6 +180,7 @@ def check_rooms(plan: Written) -> None:
         ([t % 24 for t in range(409)], LoraLaunches.AS_NEEDED),
         ([t // 16 for t in range(384)] + [12] * 616, LoraLaunches.MIXED),
         ([t // 17 for t in range(408)], LoraLaunches.MIXED),
+        ([t // 60 for t in range(420)], LoraLaunches.MIXED),
         ([0] * 1000, LoraLaunches.MIXED),
     ],
 )
