@@ -110,6 +110,8 @@ class StepPlanner:
         """The chosen segments in pieces of up to 8 tokens, with where their tasks of MBGMV and their products begin."""
         if not len(chosen):
             return self._pieces(chosen, chosen, chosen)
+        # The longest tasks first, so that none of them ends a launch alone.
+        chosen = chosen[np.argsort(-segments.ranks.max(axis=1)[chosen], kind="stable")]
         num_tiles = ceil_div(segments.counts[chosen], TILE_TOKENS)
         of = np.repeat(chosen, num_tiles)
         within = (np.arange(len(of)) - np.repeat(_starts(num_tiles), num_tiles)) * TILE_TOKENS
