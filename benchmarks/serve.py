@@ -108,7 +108,7 @@ async def _measure(options: Options, service: RunningService | None) -> int:
             await bench.warm_up(options.num_warm_up)
         runs: list[dict[str, Any]] = []
         failed: dict[str, str] = {}
-        for plan in options.runs:
+        for i, plan in enumerate(options.runs):
             try:
                 with screen.run_progress(plan) as on_progress:
                     run = await bench.run(plan, on_progress)
@@ -119,7 +119,8 @@ async def _measure(options: Options, service: RunningService | None) -> int:
                 screen.show_run(plan, run)
                 runs.append(run)
             if runs:
-                _write(options, measured, runs, failed)
+                # Should this be the last that is written, it says what is missing.
+                _write(options, measured, runs, failed | {screen.name_of(p): "not reached" for p in options.runs[i + 1 :]})
         if runs:
             say(f"written to {options.out}")
         return 1 if failed else 0

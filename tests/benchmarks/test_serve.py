@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serve import main
+from benchmarks.serving.bench import Bench, OnProgress
 from benchmarks.serving.plan import RunPlan, Workload, draw_trace
 from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 from benchmarks.serving.trace import TraceRequest, write_trace
@@ -123,6 +124,25 @@ def test_a_run_that_cannot_be_made_is_told_beside_those_that_were(service: Runni
     result = json.loads(out.read_text())
     assert [run["trace"] for run in result["runs"]] == ["good.jsonl"]
     assert result["failed"] == {"trace bad.jsonl": "BenchError: the trace asks for adapter number 7; there are 0, counted from 0"}
+
+
+def test_what_an_interrupt_left_out_is_told(service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_trace(tmp_path / "a.jsonl", [TraceRequest(0.0, None, 8, 4)])
+    write_trace(tmp_path / "b.jsonl", [TraceRequest(0.0, None, 8, 4)])
+    make_run = Bench.run
+
+    async def run(bench: Bench, plan: RunPlan, on_progress: OnProgress) -> dict[str, Any]:
+        if plan.trace == tmp_path / "b.jsonl":
+            raise KeyboardInterrupt
+        return await make_run(bench, plan, on_progress)
+
+    monkeypatch.setattr(Bench, "run", run)
+    traces = ("--trace", str(tmp_path / "a.jsonl"), "--trace", str(tmp_path / "b.jsonl"))
+    out = tmp_path / "result.json"
+    assert main(["--target", service.address, *traces, "--clients", "1", "--warmup", "0", "--out", str(out)]) == 130
+    result = json.loads(out.read_text())
+    assert [run["trace"] for run in result["runs"]] == ["a.jsonl"]
+    assert result["failed"] == {"trace b.jsonl": "not reached"}
 
 
 def test_more_adapters_than_there_are_are_refused(service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
