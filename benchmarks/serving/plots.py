@@ -43,8 +43,11 @@ def plot_overhead(overheads: Mapping[str, Mapping[int, float]], docs: Path) -> s
         for number, (setting, shares) in enumerate(overheads.items()):
             points = dict(sorted(shares.items()))
             axes.plot(list(points), list(points.values()), label=setting, **_look(number))
+            # The last one alone: the curves lie close together.
+            x, y = list(points.items())[-1]
+            axes.annotate(f"{y:.2f}", (x, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
         axes.axhline(1.0, color=GREY, linestyle="--", linewidth=1, label="base model")
-        _label_points(axes, dict(sorted(overheads[next(iter(overheads))].items())), ".2f")
+        axes.margins(x=0.12)
         _from_zero(axes)
         axes.set(title="Cost of adapters, saturated", ylabel="requests/s, of the base model's")
         _adapter_axis(axes, {n for shares in overheads.values() for n in shares})
@@ -146,6 +149,9 @@ def _draw_latencies(axes: Axes, setting: str, curves: Mapping[str, Mapping[int, 
         look |= {"linestyle": ":", "markerfacecolor": "white"}
         axes.plot(list(points), [spread["p99"] * 1e3 for spread in points.values()], **look)
     axes.set(title=f"{setting}: time to first token, p50 and p99 (dotted)", ylabel="ms", yscale="log")
+    # Curves that hardly differ are to look so.
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 2, 2 * high)
     _adapter_axis(axes, {n for points in curves.values() for n in points})
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,g}"))
