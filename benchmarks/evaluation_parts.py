@@ -62,10 +62,10 @@ _CPU = "--device cpu --num-pages 400"
 _FEW = "--adapters 3 --requests 12 --lengths 4,12 --clients 1 --warmup 4"
 
 PARTS = (
-    _serving(SHORT, "S1", 150, "--adapters 5,100,1000,2000 --base-only"),
-    _serving(SHORT, "S1-fixed", 75, "--fixed 64x128x256,32x128x256,32x128x256:32 --repeat 5"),
-    _serving(SHORT, "S2", 120, "--adapters 5,100,400 --base-only"),
-    _serving(SHORT, "S2-fixed", 50, "--fixed 64x128x256:8 --repeat 5"),
+    _serving(SHORT, "S1", 140, "--adapters 5,100,1000,2000 --base-only"),
+    _serving(SHORT, "S1-fixed", 60, "--fixed 64x128x256,32x128x256,32x128x256:32 --repeat 5"),
+    _serving(SHORT, "S2", 110, "--adapters 5,100,400 --base-only"),
+    _serving(SHORT, "S2-fixed", 40, "--fixed 64x128x256:8 --repeat 5"),
     _serving(SHORT, "S1-rates", 320, "--adapters 5,1000 --rates 50%,80%,95% --duration 30"),
     _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
     _serving(SHORT, "S1-no-unify", 200, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
@@ -87,10 +87,10 @@ PARTS = (
     _serving(PAPER, "S1-cv", 1000, "--adapters 1000 --rates 80% --cvs 1,2,4,6,8 --duration 180"),
     # With the limit on the first token sent along, so that the scheduler may give up what would be late.
     _serving(PAPER, "S1-cv-slo", 1000, "--adapters 1000 --rates 80% --cvs 1,2,4,6,8 --duration 180 --slo 6", "loraplane-slo"),
-    Part(PIECES, "kernels", "kernels.json", 60, "benchmarks.kernels"),
-    Part(PIECES, "engine", "engine.json", 300, "benchmarks.engine"),
-    Part(PIECES, "adapters", "adapters.json", 120, "benchmarks.adapters"),
-    Part(PIECES, "churn", "churn.json", 240, "benchmarks.churn --dtypes bfloat16"),
+    Part(PIECES, "kernels", "kernels.json", 20, "benchmarks.kernels"),
+    Part(PIECES, "engine", "engine.json", 80, "benchmarks.engine"),
+    Part(PIECES, "adapters", "adapters.json", 30, "benchmarks.adapters"),
+    Part(PIECES, "churn", "churn.json", 170, "benchmarks.churn --dtypes bfloat16"),
     Part(PIECES, "churn-float32", "churn_float32.json", 240, "benchmarks.churn --dtypes float32"),
     Part(PIECES, "control-plane", "control_plane.json", 90, "benchmarks.control_plane"),
     _serving(TINY, "tiny", 20, f"{_FEW} --base-only --rates 80% --duration 0.5 --data-plane 'dataplane {_CPU}'"),
