@@ -306,6 +306,12 @@ def admitted(
     return AdmittedRequest(key, f"request-{key}", (*prompt, *output), len(output), digest, params)
 
 
+# The types of the fixtures below.
+MakeWorld = type[EngineWorld]
+Admit = Callable[..., AdmittedRequest]
+Expect = Callable[..., list[int]]
+
+
 @pytest.fixture
 def make_world() -> type[EngineWorld]:
     """Makes an engine with fakes around it."""
