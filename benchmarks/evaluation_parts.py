@@ -70,12 +70,13 @@ PARTS = (
     _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
     _serving(SHORT, "S1-no-unify", 200, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
     Part(SHORT, "S1-peft", "serving_peft_S1.json", 200, f"{_PEFT} S1 --adapters 5,100 --max-seconds 60"),
-    # A host cache for a quarter of the adapters, and none on the device before a request asks for it.
+    # A pool with pages for half of the adapters beside the KV, a host cache for a quarter, and none on the device before a request
+    # asks for it: they come and go all the time.
     _serving(
         SHORT,
         "S1-cold",
         120,
-        "--adapters 1000 --base-only --no-idle-prefetch --data-plane 'dataplane --host-cache-bytes 4294967296'",
+        "--adapters 1000 --base-only --no-idle-prefetch --data-plane 'dataplane --num-pages 7700 --host-cache-bytes 4294967296'",
         "loraplane-no-prefetch",
     ),
     Part(SHORT, "registration", "registration.json", 30, "benchmarks.registration --adapters 1000"),
