@@ -70,8 +70,8 @@ PARTS = (
     _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
     _serving(SHORT, "S1-no-unify", 200, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
     Part(SHORT, "S1-peft", "serving_peft_S1.json", 200, f"{_PEFT} S1 --adapters 5,100 --max-seconds 60"),
-    # A pool with pages for half of the adapters beside the KV, a host cache for a quarter, and none on the device before a request
-    # asks for it: they come and go all the time.
+    # A pool with pages for half of the adapters beside the KV, a host cache for a quarter, and none on the device before requests
+    # ask for it: they come and go all the time.
     _serving(
         SHORT,
         "S1-cold",
