@@ -197,7 +197,8 @@ class StepPlanner:
 
 def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
     """Which segments MBGMM computes: none, unless MBGMV would take longer for the step."""
-    work = int(segments.counts @ segments.ranks.max(axis=1))
+    # A token of an adapter that changes nothing takes its room all the same.
+    work = int(segments.counts @ np.maximum(1, segments.ranks.max(axis=1)))
     return segments.counts > (MAX_VECTOR_TOKENS if work > MAX_VECTOR_WORK else np.iinfo(np.int32).max)
 
 

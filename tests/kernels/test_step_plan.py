@@ -218,6 +218,13 @@ def test_steps_past_the_limits_are_caught() -> None:
         write([-1, 2], [[1] * 4, [1] * 4])
 
 
+def test_tokens_of_an_adapter_that_changes_nothing_have_room_too() -> None:
+    planner = StepPlanner(GROUPS, LoraLimits(max_tokens=40_000, max_requests=24, max_rank=40), WANTED)
+    buffer = np.zeros(planner.capacity.plan_ints, dtype=np.int32)
+    summary = planner.write(buffer, [0] * 40_000, [adapter([0] * 4)], LoraLaunches.AS_NEEDED)
+    assert summary.used_ints <= len(buffer) and not any((*summary.has_vector, *summary.has_matrix))
+
+
 def test_more_adapters_than_are_remembered_are_read_again() -> None:
     planner = StepPlanner(GROUPS, LIMITS, WANTED)
     buffer = np.zeros(planner.capacity.plan_ints, dtype=np.int32)
