@@ -11,9 +11,12 @@ Item = TypeVar("Item")
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help begins with the module's docstring as it is."""
+    """A parser whose help begins with the module's docstring as it is. Options are never cut short: results quote some alone."""
     return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -18,8 +18,8 @@ PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 
 HEAD = """# Performance
 
-Written by `make report` from [benchmarks/results](../benchmarks/results); every table says where, with what and from which
-commit its numbers come. Ratios compare what ran in one and the same run.
+Written by `make report` from [benchmarks/results](../benchmarks/results); every table of ours says where, with what and from
+which commit its numbers come. Ratios compare what ran in one and the same run, except those to other systems.
 """
 
 CONTROL_PLANE = """## The control plane

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 _NUMBERS = re.compile(r"\[([\s\d.,eE+-]+)\]")
-# Where a result goes, where things lie meanwhile and of what commit they are says nothing of what was measured.
-_NOT_OF_THE_COMMAND = ("--out", "--commit", "--state-dir", "--dir")
+# Where a result goes, where things lie meanwhile and of what commit they are says nothing of what was measured. The last two may
+# hold credentials, and results are published.
+_NOT_OF_THE_COMMAND = ("--out", "--commit", "--state-dir", "--dir", "--token", "--openai-extra")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -20,6 +20,14 @@ def test_a_result_says_where_with_what_and_how_it_was_measured(tmp_path: Path, m
     assert result["command"].endswith(" --data-plane 'dataplane --no-overlap'") and "/tmp" not in result["command"]
 
 
+@pytest.mark.parametrize("secret", [["--token", "hush"], ["--token=hush"], ["--openai-extra", '{"key": "hush"}']])
+def test_what_may_be_a_secret_is_in_no_result(secret: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", "--target", "x", *secret, "--adapters", "5"])
+    write_result(tmp_path / "result.json", {}, ())
+    text = (tmp_path / "result.json").read_text()
+    assert "hush" not in text and "--target x --adapters 5" in text
+
+
 def test_a_series_of_numbers_takes_one_line(tmp_path: Path) -> None:
     measured = {"t_s": [0.5, 1.0, -3e-9], "names": ["a", "b"], "none": [], "rows": [[1, 2], [3]], "text": "[1,  2]"}
     path = tmp_path / "result.json"
