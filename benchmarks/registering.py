@@ -52,7 +52,11 @@ async def register_all(
     concurrency: int = CONCURRENCY,
     metadata: Metadata = (),
 ) -> Registered:
-    """Registers them all. One whose name is taken already is left as it is, so that a service can be used again."""
+    """Registers them all. One whose name is taken already is left as it is, so that a service can be used again.
+
+    Raises:
+        grpc.aio.AioRpcError: the first that was refused; what had not been sent by then is not registered.
+    """
     stub = pb_grpc.AdapterServiceStub(channel)
     waiting = iter(requests)
     times_s: list[float] = []
@@ -70,7 +74,10 @@ async def register_all(
             times_s.append(time.perf_counter() - started_at)
             sizes.append(answer.adapter.current.size_bytes)
 
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(min(concurrency, len(requests))):
-            tasks.create_task(register_some())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(concurrency, len(requests))):
+                tasks.create_task(register_some())
+    except ExceptionGroup as refused:
+        raise refused.exceptions[0] from None
     return Registered([request.name for request in requests], times_s, sum(sizes))

@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         measured = asyncio.run(_register(args.target, args)) if args.target else _measure_own(args)
+    except grpc.aio.AioRpcError as error:
+        say(f"{error.code().name}: {error.details()}")
+        return 1
     except (ProcessFailedError, ValueError) as error:
         say(str(error))
         return 1

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import grpc
+import pytest
 
 from benchmarks.model_shapes import DEMO_MODEL
 from benchmarks.null_data_plane import serve as serve_data_plane
@@ -40,5 +41,21 @@ def test_adapters_are_registered_in_bulk_and_once(tmp_path: Path) -> None:
             assert (len(again_done.names), len(again_done.times_s)) == (9, 2)
             again = (await stub.ListAdapters(pb.ListAdaptersRequest())).adapters
             assert (list(again[:7]), len(again)) == (list(adapters), 9)
+
+    asyncio.run(scenario())
+
+
+def test_the_first_refusal_is_what_the_caller_gets(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        sockets = f"unix:{tmp_path}/dp", f"unix:{tmp_path}/cp"
+        config = ControlPlaneConfig(DEMO_MODEL, sockets[:1], tmp_path / "state", sockets[1:])
+        async with (
+            serve_data_plane(sockets[0], NullConfig()),
+            serve(config) as service,
+            grpc.aio.insecure_channel(sockets[1]) as channel,
+        ):
+            assert await service.dispatcher.wait_connected(10)
+            with pytest.raises(grpc.aio.AioRpcError, match="allow-dummy-adapters"):
+                await register_all(channel, dummy_requests([8], ["q_proj"], 5))
 
     asyncio.run(scenario())
