@@ -77,7 +77,7 @@ PARTS = (
         "S1-cold",
         120,
         "--adapters 1000 --base-only --no-idle-prefetch --data-plane 'dataplane --num-pages 7700 --host-cache-bytes 4294967296'",
-        "loraplane-no-prefetch",
+        "loraplane-cold",
     ),
     Part(SHORT, "registration", "registration.json", 30, "benchmarks.registration --adapters 1000"),
     # Table 3 of the paper: 10 requests a second for two minutes. An adapter of S4 takes 120 MB, so there are fewer.
