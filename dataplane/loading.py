@@ -33,6 +33,9 @@ from kernels.plan_layout import LoraLimits
 
 _log = logging.getLogger(__name__)
 
+# Of numbers of rows for which cuBLAS is asked to choose a kernel at start.
+_ROWS_APART = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -99,6 +102,8 @@ def load_model(
     decoder = Decoder(model_config, weights, lora, attention, _layer_ops(model_config, dtype, device))
     model = GraphedModel(decoder, config.max_num_seqs, config.token_budget)
     uses_graphs = config.cuda_graphs and model.can_be_captured
+    if device.type == "cuda":
+        decoder.load_kernels(range(_ROWS_APART, config.token_budget + 1, _ROWS_APART), range(1, config.max_num_seqs + 1))
     clock.lap("kernels")
     sampler = Sampler(model_config.vocab_size, model_config.eos_token_ids, config.max_num_seqs, device)
     captured_rows = model.captured_rows if uses_graphs else ()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 
 VOCAB = 97
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -187,6 +188,36 @@ def test_only_the_wanted_rows_have_logits_and_none_may_be_wanted(tmp_path: Path,
     paged._decoder.forward = pick_rows
     paged.step([(paged_request(make_tokens(6, seed=0)), 6)])
     assert len(seen) == 3
+
+
+class _Products(TorchFunctionMode):
+    """Records the shapes of all products: rows, columns of the result, whether with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, int, bool]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Takes note and goes on."""
+        if func is torch.nn.functional.linear:
+            self.seen.add((len(args[0]), len(args[1]), args[2] is not None if len(args) > 2 else False))
+        elif func in (torch.mm, torch.addmm):
+            self.seen.add((len(args[-2]), args[-1].shape[1], func is torch.addmm))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2"])
+def test_a_step_multiplies_nothing_whose_kernel_was_not_loaded(
+    variant: str, tmp_path: Path, paged_model: Any, paged_request: Any
+) -> None:
+    make_model(variant, tmp_path)
+    paged = paged_model(tmp_path, torch.float32, "cpu")
+    with _Products() as loaded:
+        paged._decoder.load_kernels((7, 9), (7, 9))
+    with _Products() as multiplied:
+        for length in (7, 9):
+            paged.step([(paged_request(make_tokens(length, seed=length)), length)])
+    assert multiplied.seen == loaded.seen
 
 
 def test_a_file_in_the_old_format_reads_the_same(
