@@ -12,6 +12,7 @@ from controlplane.app import ControlPlane
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2_grpc
 from tests.e2e.data_plane import RunningDataPlane
 from tests.e2e.models import Prompt, TinyModel
+from tests.waiting import until
 
 # No call of these tests takes this long; one that hangs must fail and not stop the suite.
 RPC_TIMEOUT_S = 120.0
@@ -117,9 +118,5 @@ class Service:
 
     async def wait_idle(self) -> None:
         """Waits until nothing runs and no page holds KV."""
-        async with asyncio.timeout(RPC_TIMEOUT_S):
-            while True:
-                load = self.control_plane.dispatcher.load()
-                if not load.num_running and not load.num_waiting and not any(p.pool.kv_pages for p in load.data_planes):
-                    return
-                await asyncio.sleep(0.01)
+        dispatcher = self.control_plane.dispatcher
+        await until(lambda: not dispatcher.load().num_running and not dispatcher.load().num_waiting and not self.kv_pages())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter_store.image_store import ImageStore
 from protos.loraplane.v1 import adapter_pb2
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Answer, Prompt, Service, TinyModel
@@ -97,7 +98,7 @@ def test_a_new_version_takes_over_while_requests_of_the_old_one_run(
     async def scenario(service: "Service") -> None:
         first = await service.register("voice", old)
         running = asyncio.create_task(service.generate("voice", (9, 9), max_tokens=num_long))
-        await _until(lambda: service.kv_pages() >= 2)
+        await until(lambda: service.kv_pages() >= 2)
         source = adapter_pb2.AdapterSource(path=str(new))
         request = adapter_pb2.UpdateAdapterRequest(
             name="voice", source=source, update_mask=field_mask_pb2.FieldMask(paths=["source"])
@@ -135,7 +136,7 @@ def test_a_name_registered_anew_answers_with_the_new_weights_alone(
     async def scenario(service: "Service") -> None:
         await service.register("voice", old)
         running = asyncio.create_task(service.generate("voice", (9, 9), max_tokens=200))
-        await _until(lambda: service.kv_pages() >= 2)
+        await until(lambda: service.kv_pages() >= 2)
         removed = await service.adapters.UnregisterAdapter(adapter_pb2.UnregisterAdapterRequest(name="voice"))
         assert removed.adapter.state == adapter_pb2.ADAPTER_STATE_DRAINING
         error = await _refused(service.generate("voice", (9, 9), max_tokens=1))
@@ -353,12 +354,6 @@ async def _refused(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def _until_state(service: "Service", name: str, state: "adapter_pb2.AdapterState.ValueType") -> None:

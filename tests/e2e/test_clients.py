@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dataplane.runner.model_runner import TorchModelRunner
 from protos.loraplane.v1 import adapter_pb2, data_plane_pb2, data_plane_pb2_grpc
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Service, TinyModel
@@ -26,13 +27,6 @@ def _num_steps(service: "Service") -> int:
 
 def _kv_pages(service: "Service") -> int:
     return service.control_plane.dispatcher.load().data_planes[0].pool.kv_pages
-
-
-async def _until(condition: Callable[[], bool], what: str) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.002)
-    assert condition(), what
 
 
 async def _leave_by_cancel(service: "Service") -> None:
@@ -60,12 +54,12 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(
     async def scenario(service: "Service") -> None:
         # Somebody else keeps the engine stepping, so that steps can be counted.
         stays = asyncio.create_task(service.generate("", (9,), max_tokens=30, ignore_eos=True))
-        await _until(lambda: _kv_pages(service) >= 1, "nobody runs")
+        await until(lambda: _kv_pages(service) >= 1)
         await leave(service)
         dispatcher = service.control_plane.dispatcher
-        await _until(lambda: dispatcher.load().num_running == 1, "the request was not aborted")
+        await until(lambda: dispatcher.load().num_running == 1)
         num_steps = _num_steps(service)
-        await _until(lambda: _num_steps(service) >= num_steps + 2, "the engine stopped")
+        await until(lambda: _num_steps(service) >= num_steps + 2)
         assert _kv_pages(service) <= -(-(1 + _num_steps(service)) // 16), "pages of the client that left are still held"
         assert len((await stays).token_ids) == 30
 
@@ -129,7 +123,7 @@ def test_streams_go_on_through_a_data_plane_that_restarts(
         ]
         undisturbed = await service.generate_each(requests)
         running = asyncio.create_task(service.generate_each(requests))
-        await _until(lambda: _kv_pages(service) >= 10, "the requests did not get going")
+        await until(lambda: _kv_pages(service) >= 10)
         await service.data_planes[0].stop()
         assert not running.done(), "the data plane went too late to disturb anybody"
         await service.data_planes[0].start()

@@ -4,7 +4,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpc_status import rpc_status
 
 from controlplane.registry.embedded_redis import find_redis_server
 from protos.loraplane.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc, system_pb2, system_pb2_grpc
+from tests.waiting import block_until
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Prompt, Service, TinyModel
@@ -117,10 +117,7 @@ def test_streams_and_adapters_outlive_planes_that_are_killed(tmp_path: Path, bui
 
 def _wait_until_no_page_holds_kv(channel: grpc.Channel) -> None:
     system = system_pb2_grpc.SystemServiceStub(channel)
-    give_up_at = time.monotonic() + TIMEOUT_S
-    while system.GetLoad(system_pb2.GetLoadRequest()).data_planes[0].pool.kv_pages:
-        assert time.monotonic() < give_up_at, "pages of a request that nobody has are still held"
-        time.sleep(0.02)
+    block_until(lambda: not system.GetLoad(system_pb2.GetLoadRequest()).data_planes[0].pool.kv_pages)
 
 
 @contextmanager
@@ -140,10 +137,8 @@ def _redis(directory: Path, socket: Path) -> Iterator["subprocess.Popen[bytes]"]
     ]
     with subprocess.Popen([str(find_redis_server()), *options], stdout=subprocess.DEVNULL) as server:
         try:
-            give_up_at = time.monotonic() + TIMEOUT_S
-            while not socket.exists():
-                assert time.monotonic() < give_up_at and server.poll() is None, "Redis did not start"
-                time.sleep(0.01)
+            block_until(lambda: socket.exists() or server.poll() is not None)
+            assert server.poll() is None, "Redis did not start"
             yield server
         finally:
             server.kill()

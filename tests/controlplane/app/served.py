@@ -1,6 +1,5 @@
 """A control plane in process, as a client sees it: embedded Redis, and a data plane that speaks the real protocol."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.services.rpc_status import DETAILS_KEY
 from protos.loraplane.v1 import adapter_pb2_grpc, inference_pb2_grpc, system_pb2_grpc
 from protos.loraplane.v1 import inference_pb2 as pb
+from tests.waiting import until
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB_SIZE = len(ALPHABET) + 1
@@ -96,9 +96,7 @@ class Client:
 
     async def idle(self) -> None:
         """Returns once nothing runs and every KV page is free again."""
-        async with asyncio.timeout(TIMEOUT_S):
-            while self.null.engine.standing or self.null.engine.counts.kv_pages:
-                await asyncio.sleep(0.01)
+        await until(lambda: not self.null.engine.standing and not self.null.engine.counts.kv_pages)
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from controlplane.text.tokenizer import Tokenizer
 from protos.loraplane.v1 import adapter_pb2, system_pb2
 from tests.controlplane.app.served import NULL, Client, refused, sampling
+from tests.waiting import until
 
 
 def save_adapter(directory: Path) -> None:
@@ -81,8 +82,8 @@ def test_a_forced_unregister_aborts_the_adapter_s_requests(play: Callable[..., N
         await client.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(name="tiny", source=source))
         base = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=60, seed=0)))
         call = asyncio.create_task(client.generate(text="x", adapter="tiny", sampling=sampling(max_tokens=250)))
-        while client.null.engine.counts.adapter_pages == client.null.engine.counts.idle_adapter_pages:
-            await asyncio.sleep(0.01)
+        engine = client.null.engine
+        await until(lambda: engine.counts.adapter_pages > engine.counts.idle_adapter_pages)
         await client.adapters.UnregisterAdapter(adapter_pb2.UnregisterAdapterRequest(name="tiny", force=True))
         code, _, details = await refused(call)
         assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.ABORTED, "ADAPTER_REMOVED")

@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2
 
 from protos.loraplane.v1 import system_pb2
 from tests.controlplane.app.served import NULL, Client, refused, sampling
+from tests.waiting import until
 
 
 def test_a_request_larger_than_every_pool_is_refused_with_its_pages(play: Callable[..., None]) -> None:
@@ -25,8 +26,7 @@ def test_a_request_larger_than_every_pool_is_refused_with_its_pages(play: Callab
 def test_a_full_queue_is_told_with_a_delay_and_harms_no_running_stream(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         long = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=250, seed=0)))
-        while not client.null.engine.standing:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(client.null.engine.standing))
         waiting = [asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=2))) for _ in range(8)]
         results = await asyncio.gather(*waiting, return_exceptions=True)
         full = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
@@ -43,8 +43,7 @@ def test_a_full_queue_is_told_with_a_delay_and_harms_no_running_stream(play: Cal
 def test_a_request_that_cannot_start_in_time_is_aborted_early(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         long = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=250, seed=0)))
-        while not client.null.engine.standing:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(client.null.engine.standing))
         slo = duration_pb2.Duration(nanos=50_000_000)
         code, _, details = await refused(client.generate(text="x", ttft_slo=slo))
         assert code is grpc.StatusCode.ABORTED
@@ -65,8 +64,7 @@ def test_the_larger_priority_is_served_first_and_equals_by_arrival(play: Callabl
 
         first = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=100, seed=0)))
         tasks = []
-        while not client.null.engine.standing:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(client.null.engine.standing))
         asked = [("low", -100), ("unset", None), ("zero", 0), ("high", 100), ("higher than none", 1)]
         for number, (request_id, priority) in enumerate(asked, start=1):
             tasks.append(asyncio.create_task(ask(request_id, priority=priority)))

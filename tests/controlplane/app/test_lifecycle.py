@@ -17,6 +17,7 @@ from controlplane.services.server import SERVICE_NAMES
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc, system_pb2, system_pb2_grpc
 from tests.controlplane.app.served import NULL, TIMEOUT_S, VOCAB_SIZE, Client, refused, sampling
+from tests.waiting import until
 
 
 def test_without_a_data_plane_requests_are_unavailable_and_the_system_answers(tmp_path: Path, model_dir: Path) -> None:
@@ -59,8 +60,7 @@ def test_health_tells_every_service_and_every_watcher(play: Callable[..., None])
 def test_drain_finishes_what_runs_and_refuses_what_is_new(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         running_call = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=30, seed=0)))
-        while not client.null.engine.standing:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(client.null.engine.standing))
         draining = client.system.Drain(system_pb2.DrainRequest(timeout=duration_pb2.Duration(seconds=20)))
         while not (await client.system.GetLoad(system_pb2.GetLoadRequest())).draining:
             await asyncio.sleep(0)
@@ -77,8 +77,7 @@ def test_drain_finishes_what_runs_and_refuses_what_is_new(play: Callable[..., No
 def test_what_still_runs_at_the_end_of_a_drain_is_aborted_with_what_it_has(play: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         call = asyncio.create_task(client.generate(text="x", sampling=sampling(max_tokens=250, seed=0)))
-        while not client.null.engine.counts.kv_pages:
-            await asyncio.sleep(0.01)
+        await until(lambda: client.null.engine.counts.kv_pages > 0)
         result = await client.system.Drain(system_pb2.DrainRequest(timeout=duration_pb2.Duration(nanos=200_000_000)))
         assert (result.num_finished, result.num_aborted) == (0, 1)
         answer = await call

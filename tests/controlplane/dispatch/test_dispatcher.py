@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from controlplane.errors import AbortedError, DeadlineError, InternalError, Queu
 from controlplane.messages import AdapterRef, DoesNotFit, FinishReason, RequestOutcome, RequestSpec
 from controlplane.scheduling import Scheduler
 from protos.planes import AdapterPlace, EngineSampling, StepLogprobs
+from tests.waiting import until
 
 PATIENCE_S = 20.0
+
 PLAIN = NullConfig()
 SLOW = NullConfig(step_s=0.002)
 CONFIG = DispatcherConfig(session=SessionConfig(backoff_min_s=0.001, backoff_max_s=0.01))
@@ -75,12 +77,6 @@ async def dispatching(addresses: list[str], config: DispatcherConfig = CONFIG) -
         yield dispatcher
     finally:
         await dispatcher.close()
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not is_so():
-            await asyncio.sleep(0.005)
 
 
 def adapter(number: int) -> AdapterRef:
@@ -259,9 +255,9 @@ def test_streams_go_on_when_the_data_plane_comes_back(sockets: list[str]) -> Non
 
 def test_streams_go_on_at_another_data_plane(sockets: list[str]) -> None:
     async def play() -> None:
-        async with serve(sockets[1], PLAIN) as second, dispatching(sockets) as dispatcher:
+        async with serve(sockets[1], PLAIN), dispatching(sockets) as dispatcher:
             async with serve(sockets[0], SLOW) as first:
-                await until(lambda: first.num_sessions + second.num_sessions == 2)
+                await until(lambda: all(data_plane.connected for data_plane in dispatcher.load().data_planes))
                 submitted = submit_all(dispatcher, [spec(n, 200) for n in range(20)])
                 await until(lambda: len(first.engine.standing) > 0)
             for request, sink, _ in submitted:

@@ -4,7 +4,6 @@ import secrets
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from controlplane.registry.embedded_redis import find_redis_server
 from controlplane.registry.records import AdapterRecord, VersionRecord
+from tests.waiting import block_until
 
 MakeRecord = Callable[..., AdapterRecord]
 
@@ -24,19 +24,15 @@ def redis_url() -> Iterator[str]:
         command = [str(find_redis_server()), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
-                _wait_for(path)
+                block_until(lambda: _answers(path))
                 yield f"unix://{path}"
             finally:
                 process.terminate()
 
 
-def _wait_for(path: Path) -> None:
-    for _ in range(500):
-        with socket.socket(socket.AF_UNIX) as client:
-            if path.exists() and client.connect_ex(str(path)) == 0:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"redis-server does not listen on {path}")
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 @pytest.fixture

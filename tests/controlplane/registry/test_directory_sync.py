@@ -18,6 +18,7 @@ from controlplane.registry.directory_sync import DirectorySync
 from controlplane.registry.embedded_redis import EmbeddedRedis
 from controlplane.registry.records import AdapterRecord, ChangeKind, Revision
 from controlplane.registry.redis_registry import RedisRegistry
+from tests.waiting import until
 
 MakeRecord = Callable[..., AdapterRecord]
 
@@ -34,13 +35,6 @@ async def synced(url: str, prefix: str = "test", history: int = 100) -> AsyncIte
     finally:
         await sync.close()
         await registry.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for a directory to follow."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_two_directories_stay_in_step(redis_url: str, prefix: str, make_record: MakeRecord) -> None:

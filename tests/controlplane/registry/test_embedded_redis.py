@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
 from controlplane.registry.embedded_redis import EmbeddedRedis, EmbeddedRedisError, find_redis_server
+from tests.waiting import block_until, until
 
 
 async def get(url: str, key: str) -> object:
@@ -26,13 +25,6 @@ async def put(url: str, key: str, value: str) -> None:
     """Writes a key on a connection of its own."""
     async with Redis.from_url(url) as redis:
         await redis.set(key, value)
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for something that another process does."""
-    async with asyncio.timeout(20):
-        while not await condition():
-            await asyncio.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -113,11 +105,7 @@ def test_the_server_ends_with_a_killed_owner(tmp_path: Path) -> None:
     owner, pid = start_owner(tmp_path, "normal")
     assert is_alive(pid)
     kill_hard(owner)
-    for _ in range(500):
-        if not is_alive(pid):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"redis-server {pid} is still running")
+    block_until(lambda: not is_alive(pid))
 
 
 def test_a_server_left_behind_is_ended_and_its_data_taken_over(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from controlplane.registry.directory_sync import DirectorySync
 from controlplane.registry.image_keeper import ImageKeeper
 from controlplane.registry.records import AdapterRecord, Change
 from controlplane.registry.redis_registry import RedisRegistry
+from tests.waiting import until
 
 MakeRecord = Callable[..., AdapterRecord]
 
@@ -280,7 +281,6 @@ def test_the_keeper_collects_by_itself_when_a_lease_ends(
             await one.remove(record)
             lease.release()
             async with asyncio.timeout(4):  # below the time between heartbeats
-                while store.digests():
-                    await asyncio.sleep(0.01)
+                await until(lambda: not store.digests())
 
     asyncio.run(scenario())

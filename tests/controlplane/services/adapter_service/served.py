@@ -179,13 +179,6 @@ async def serving(
         registry.directory.check_integrity()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for something that happens beside the calls."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def take(call: Any, count: int) -> list[pb.WatchAdaptersResponse]:
     """The next messages of a watch."""
     async with asyncio.timeout(20):

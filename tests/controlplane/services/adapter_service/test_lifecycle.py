@@ -12,7 +12,8 @@ from adapter_store.geometry import BaseGeometry
 from controlplane.registry.embedded_redis import EmbeddedRedis
 from protos.loraplane.v1 import adapter_pb2 as pb
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import GEOMETRY, FakeControl, serving, until
+from tests.controlplane.services.adapter_service.served import GEOMETRY, FakeControl, serving
+from tests.waiting import until
 
 
 def test_while_redis_is_away_reads_go_on_and_writes_are_unavailable(tmp_path: Path) -> None:

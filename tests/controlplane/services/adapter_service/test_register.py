@@ -10,7 +10,8 @@ from google.rpc import error_details_pb2
 
 from protos.loraplane.v1 import adapter_pb2 as pb
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import GEOMETRY, FakeControl, Run, Served, until, write_adapter
+from tests.controlplane.services.adapter_service.served import GEOMETRY, FakeControl, Run, Served, write_adapter
+from tests.waiting import until
 
 
 def test_a_registered_adapter_is_served_as_it_was_described(run: Run) -> None:

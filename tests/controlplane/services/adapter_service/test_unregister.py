@@ -8,7 +8,8 @@ from google.protobuf import duration_pb2
 from controlplane.errors import NotFoundError
 from protos.loraplane.v1 import adapter_pb2 as pb
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import Run, Served, until
+from tests.controlplane.services.adapter_service.served import Run, Served
+from tests.waiting import until
 
 
 def test_unregister_takes_the_name_at_once_and_the_weights_after_the_last_request(run: Run) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from controlplane.registry import writer as writer_module
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import Run, Served, until
+from tests.controlplane.services.adapter_service.served import Run, Served
+from tests.waiting import until
 
 
 def test_a_new_source_makes_a_new_version_and_rollback_serves_the_old_one(run: Run) -> None:

@@ -12,7 +12,8 @@ from adapter_store.sources import Upload, UploadArea
 from controlplane.services.adapter_service import MAX_CHUNK_BYTES
 from protos.loraplane.v1 import adapter_pb2 as pb
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import Run, Served, until, write_adapter
+from tests.controlplane.services.adapter_service.served import Run, Served, write_adapter
+from tests.waiting import until
 
 
 def upload_parts(directory: Path, chunk_bytes: int = 700) -> Iterator[pb.UploadAdapterRequest]:

@@ -10,7 +10,8 @@ from controlplane.registry import watch as watch_module
 from protos.loraplane.v1 import adapter_pb2 as pb
 from protos.planes import AdapterPlace
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
-from tests.controlplane.services.adapter_service.served import Run, Served, serving, take, until
+from tests.controlplane.services.adapter_service.served import Run, Served, serving, take
+from tests.waiting import until
 
 
 def summary(events: Sequence[pb.WatchAdaptersResponse]) -> list[tuple[str, str]]:
