@@ -29,7 +29,7 @@ class _SteeredRunner:
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> LaunchedStep:
         """Starts computing the chunks, some time later."""
-        time.sleep(self._extra_step_s)
+        time.sleep(self._extra_step_s)  # on purpose: this is how long the device takes
         return self._runner.launch(chunks)
 
 

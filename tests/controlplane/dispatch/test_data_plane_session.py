@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from controlplane.messages import DataPlaneDescription
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
 from protos.planes import AdmittedRequest, BatchUpdate, EngineSampling, EngineState, StepReport, reports_to_proto
+from tests.waiting import until
 
 QUICK = SessionConfig(describe_timeout_s=5.0, hello_timeout_s=5.0, backoff_min_s=0.001, backoff_max_s=0.01)
 PATIENCE_S = 20.0
@@ -149,11 +151,13 @@ def test_a_listener_that_fails_hears_of_the_loss_and_of_the_next_session(address
     asyncio.run(play())
 
 
-def test_a_session_waits_for_a_data_plane_that_is_not_there_yet(address: str) -> None:
+def test_a_session_waits_for_a_data_plane_that_is_not_there_yet(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
     async def play() -> None:
         listener = Listener()
         async with session_with(address, listener):
-            await asyncio.sleep(0.05)
+            await until(lambda: caplog.text.count("code=UNAVAILABLE") > 1)
             assert listener.heard == []
             async with serve(address, NullConfig()):
                 await listener.wait_for(lambda: bool(listener.reports))
@@ -198,7 +202,7 @@ def test_control_planes_that_take_over_from_each_other_do_so_less_and_less_often
             sessions = [DataPlaneSession(address, rival, config) for rival in rivals]
             for session in sessions:
                 session.start()
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # how often they connect within a time is what is counted
             # Twice in 0.01 + 0.02 + 0.04 + ... seconds at most, and half of that with the jitter.
             assert max(rival.count("connected") for rival in rivals) <= 8
             for session in sessions:

@@ -282,13 +282,14 @@ def test_requests_fail_when_no_data_plane_comes_back_in_time(sockets: list[str])
     asyncio.run(play())
 
 
-def test_a_data_plane_with_another_model_is_refused(sockets: list[str]) -> None:
+def test_a_data_plane_with_another_model_is_refused(sockets: list[str], caplog: pytest.LogCaptureFixture) -> None:
     async def play() -> None:
         other = NullConfig(geometry=replace(PLAIN.geometry, fingerprint="1" * 64))
         async with serve(sockets[0], PLAIN), dispatching(sockets) as dispatcher:
             await dispatcher.wait_connected(PATIENCE_S)
             async with serve(sockets[1], other) as refused:
-                await asyncio.sleep(0.1)
+                # Each time that it is asked.
+                await until(lambda: caplog.text.count("it serves another model than the rest") > 2)
                 assert refused.num_sessions == 0
             assert dispatcher.geometry() == PLAIN.geometry
 

@@ -1,19 +1,21 @@
 """Uploads: what they are registered as, and that broken and cancelled ones leave nothing."""
 
+import asyncio
 import hashlib
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from adapter_store.sources import Upload, UploadArea
-from controlplane.services.adapter_service import MAX_CHUNK_BYTES
+from controlplane.services.adapter_service import MAX_CHUNK_BYTES, AdapterService
 from protos.loraplane.v1 import adapter_pb2 as pb
 from tests.controlplane.services.adapter_service.refusal import Code, Refused
 from tests.controlplane.services.adapter_service.served import Run, Served, write_adapter
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 
 def upload_parts(directory: Path, chunk_bytes: int = 700) -> Iterator[pb.UploadAdapterRequest]:
@@ -71,20 +73,31 @@ def test_broken_uploads_are_refused_and_leave_nothing(run: Run, tmp_path: Path) 
 def test_an_upload_that_is_cancelled_as_it_begins_leaves_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = UploadArea.begin
+    begin, serve = UploadArea.begin, AdapterService.UploadAdapter
     begins: list[Upload] = []
+    serving: list[asyncio.Task[Any]] = []
+    is_cancelled = threading.Event()
 
-    def begin_slowly(area: UploadArea) -> Upload:
+    def begin_until_cancelled(area: UploadArea) -> Upload:
         begins.append(begin(area))
-        time.sleep(0.1)
+        assert is_cancelled.wait(PATIENCE_S)
         return begins[-1]
 
-    monkeypatch.setattr(UploadArea, "begin", begin_slowly)
+    async def serve_in_sight(*arguments: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.append(task)
+        return await serve(*arguments)
+
+    monkeypatch.setattr(UploadArea, "begin", begin_until_cancelled)
+    monkeypatch.setattr(AdapterService, "UploadAdapter", serve_in_sight)
 
     async def scenario(s: Served) -> None:
         call = s.stub.UploadAdapter()
         await until(lambda: bool(begins))
         call.cancel()
+        await until(lambda: serving[0].cancelling() > 0)
+        is_cancelled.set()
         await until(lambda: not any((tmp_path / "uploads").iterdir()))
 
     run(scenario)
