@@ -15,6 +15,7 @@ from controlplane.cli import up, up_options
 from controlplane.cli.main import build_parser, main
 from controlplane.cli.process import Event, ServiceProcess
 from controlplane.cli.up_options import UpConfig
+from tests.waiting import PATIENCE_S
 
 DATA_PLANE = """
 import json, signal, sys
@@ -58,15 +59,22 @@ def address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+# Before a program: none outlives its test for long, whatever becomes of that.
+END_BY_ITSELF = "import signal; signal.alarm(60)\n"
+
+
 @pytest.fixture
 def small_planes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Replaces the programs of the two planes."""
 
     def install(data_plane: str, control_plane: str) -> None:
         def control_command(config: UpConfig, data_planes: list[str]) -> list[str]:
-            return [sys.executable, "-u", "-c", control_plane, config.listen[0]]
+            return [sys.executable, "-u", "-c", END_BY_ITSELF + control_plane, config.listen[0]]
 
-        monkeypatch.setattr(up, "data_plane_command", lambda config, listen: [sys.executable, "-u", "-c", data_plane, listen])
+        def data_command(config: UpConfig, listen: str) -> list[str]:
+            return [sys.executable, "-u", "-c", END_BY_ITSELF + data_plane, listen]
+
+        monkeypatch.setattr(up, "data_plane_command", data_command)
         monkeypatch.setattr(up, "control_plane_command", control_command)
 
     return install
@@ -157,10 +165,10 @@ def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
             events.append(event)
             started.set()
 
-        code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(\'{"event": "on"}\'); time.sleep(600)'
+        code = END_BY_ITSELF + 'signal.signal(signal.SIGTERM, signal.SIG_IGN); print(\'{"event": "on"}\'); signal.pause()'
         process = ServiceProcess("stubborn", [sys.executable, "-u", "-c", code], tmp_path / "log", on_event)
         await process.start()
-        await started.wait()
+        await asyncio.wait_for(started.wait(), PATIENCE_S)
         await process.stop(timeout_s=0.1)
         assert events == [{"event": "on"}]
         return await process.wait()

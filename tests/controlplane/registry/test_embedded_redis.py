@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,12 @@ async def put(url: str, key: str, value: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Whether a server runs; a zombie does not, nor another program under its number."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        name, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     except FileNotFoundError:
         return False
+    return name.endswith("(redis-server") and fields.split()[0] != "Z"
 
 
 def test_data_outlives_the_server(tmp_path: Path) -> None:
@@ -79,45 +82,52 @@ OWNER = """
     async def main():
         async with embedded_redis.EmbeddedRedis(Path(sys.argv[1])) as redis:
             print(redis.pid, flush=True)
-            await asyncio.sleep(600)
+            await asyncio.to_thread(sys.stdin.read)  # until nobody is there who could write
     asyncio.run(main())
 """
 
 
-def start_owner(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[str], int]:
-    """An owner in a process of its own, and the pid of its server."""
+@contextmanager
+def owner_and_server(tmp_path: Path, kind: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """An owner in a process of its own, and the pid of its server; both are gone at the end."""
     command = [sys.executable, "-c", textwrap.dedent(OWNER), str(tmp_path), kind]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    return owner, int(owner.stdout.readline())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            pid = int(owner.stdout.readline())
+            try:
+                yield owner, pid
+            finally:
+                if is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+        finally:
+            owner.kill()
 
 
 def kill_hard(owner: "subprocess.Popen[str]") -> None:
     """As the kernel does when memory is short."""
     owner.kill()
     owner.wait()
-    assert owner.stdout is not None
-    owner.stdout.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_the_server_ends_with_a_killed_owner(tmp_path: Path) -> None:
-    owner, pid = start_owner(tmp_path, "normal")
-    assert is_alive(pid)
-    kill_hard(owner)
-    block_until(lambda: not is_alive(pid))
+    with owner_and_server(tmp_path, "normal") as (owner, pid):
+        assert is_alive(pid)
+        kill_hard(owner)
+        block_until(lambda: not is_alive(pid))
 
 
 def test_a_server_left_behind_is_ended_and_its_data_taken_over(tmp_path: Path) -> None:
     async def scenario() -> None:
-        owner, pid = start_owner(tmp_path, "orphan")
-        await put(f"unix://{tmp_path}/redis.sock", "k", "v")
-        kill_hard(owner)
-        assert is_alive(pid)
-        async with EmbeddedRedis(tmp_path) as redis:
-            assert not is_alive(pid)
-            assert redis.pid != pid
-            assert await get(redis.url, "k") == "v"
+        with owner_and_server(tmp_path, "orphan") as (owner, pid):
+            await put(f"unix://{tmp_path}/redis.sock", "k", "v")
+            kill_hard(owner)
+            assert is_alive(pid)
+            async with EmbeddedRedis(tmp_path) as redis:
+                assert not is_alive(pid)
+                assert redis.pid != pid
+                assert await get(redis.url, "k") == "v"
 
     asyncio.run(scenario())
 

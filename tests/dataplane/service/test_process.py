@@ -4,6 +4,8 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,31 @@ import grpc
 from tests.dataplane.service.served import TIMEOUT_S, Control, Served, admitted
 
 
-async def _start_process(*arguments: str) -> asyncio.subprocess.Process:
+@asynccontextmanager
+async def _process(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, asyncio.StreamReader]]:
+    """A data plane and its stderr; it is gone at the end, and within the time limit."""
     root = Path(__file__).resolve().parents[3]
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "dataplane", *arguments, stderr=asyncio.subprocess.PIPE, cwd=root
-    )
+    command = (sys.executable, "-m", "dataplane", *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=root)
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield process, process.stderr
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_the_process_reports_progress_serves_and_ends_on_sigterm(served: Served, tmp_path: Path) -> None:
     async def run() -> tuple[list[dict[str, Any]], int]:
         socket = f"unix:{tmp_path}/p.sock"
         options = ["--listen", socket, "--progress", "json", "--num-pages", "8", "--device", "cpu"]
-        process = await _start_process("--model", f"{served.config.model_dir}", "--store-dir", f"{tmp_path}/s", *options)
-        assert process.stderr is not None
+        options += ["--model", f"{served.config.model_dir}", "--store-dir", f"{tmp_path}/s"]
         events: list[dict[str, Any]] = []
-        async with asyncio.timeout(TIMEOUT_S):
+        async with _process(*options) as (process, stderr):
             while not events or events[-1]["event"] != "ready":
-                line = await process.stderr.readline()
+                line = await stderr.readline()
                 assert line, "the process ended before it was ready"
                 if line.startswith(b"{"):
                     events.append(json.loads(line))
@@ -37,7 +47,7 @@ def test_the_process_reports_progress_serves_and_ends_on_sigterm(served: Served,
                 await control.update(admit=(admitted(1, [5, 9, 17], 4),))
                 tokens = await control.read_until_finished(1)
                 process.send_signal(signal.SIGTERM)
-                await process.stderr.read()
+                await stderr.read()
                 assert tokens[1] == served.expected("", [5, 9, 17], 4)
             return events, await process.wait()
 
@@ -50,10 +60,9 @@ def test_the_process_reports_progress_serves_and_ends_on_sigterm(served: Served,
 
 def test_a_directory_without_a_model_is_named_and_nothing_more(tmp_path: Path) -> None:
     async def run() -> tuple[str, int]:
-        process = await _start_process("--model", f"{tmp_path}", "--store-dir", f"{tmp_path}/s", "--listen", f"unix:{tmp_path}/p")
-        assert process.stderr is not None
-        async with asyncio.timeout(TIMEOUT_S):
-            text = (await process.stderr.read()).decode()
+        options = ["--model", f"{tmp_path}", "--store-dir", f"{tmp_path}/s", "--listen", f"unix:{tmp_path}/p"]
+        async with _process(*options) as (process, stderr):
+            text = (await stderr.read()).decode()
             return text, await process.wait()
 
     text, code = asyncio.run(run())
