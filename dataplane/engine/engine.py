@@ -111,6 +111,7 @@ class Engine:
 
     def turn(self, may_wait: bool = True) -> bool:
         """Takes in what arrived, computes one step if there is one, reports. Returns False when the engine has ended."""
+        has_waited = self._is_stalled
         messages = self._inbox.take(self._wait_s() if may_wait else 0)
         for message in messages:
             self._handle(message)
@@ -120,7 +121,7 @@ class Engine:
         self._drop_orphans()
         self._is_stalled = not self._step()
         self._report_between_steps()
-        if self._is_stalled and not messages:
+        if has_waited and self._is_stalled and not messages:
             self._check_when_idle()
         return True
 
