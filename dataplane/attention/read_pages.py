@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataplane.model.step_inputs import Ints, StepArrays
+from dataplane.model.step_inputs import Ints, StepArrays, starts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,7 @@ class ReadPages:
         num_rows = np.diff(step.query_starts)
         unread = np.maximum(step.context_lens - num_rows - sliding_window + 1, 0) // page_tokens
         num_read = np.diff(step.page_starts) - unread
-        indptr = np.zeros(len(step.page_starts), dtype=np.int32)
-        np.cumsum(num_read, out=indptr[1:])
+        indptr = starts_of(num_read)
         shifts = step.page_starts[:-1] + unread - indptr[:-1]
         indices = step.page_ids[np.arange(indptr[-1]) + np.repeat(shifts, num_read)]
         return ReadPages(indptr, indices, last_page_lens)

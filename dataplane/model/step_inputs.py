@@ -11,6 +11,13 @@ from kernels.lora import LoraAdapter
 Ints = NDArray[np.int32]
 
 
+def starts_of(lengths: Ints) -> Ints:
+    """Where pieces of these lengths start that lie one behind the other, and where the last one ends, [n + 1]."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
 @dataclass(frozen=True, slots=True)
 class StepArrays:
     """T tokens of R requests on the host, request by request, the decoding ones (one token each) first. S rows give logits.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adapter_store.geometry import BaseGeometry
-from dataplane.model.step_inputs import Ints, StepArrays
+from dataplane.model.step_inputs import StepArrays, starts_of
 from dataplane.runner.model_runner import ForwardModel
 from dataplane.runner.sampling import Sampler, SamplingRow
 from dataplane.runner.step_buffers import StepBuffers
@@ -93,7 +93,7 @@ def largest_step(limits: StepLimits, num_tokens: int, page_tokens: int, adapter:
     decode_len = max(1, min(limits.max_model_len, _MAX_CONTEXT_TOKENS // num_requests))
     prefill_len = min(limits.max_model_len, _MAX_CONTEXT_TOKENS)
     context_lens = np.maximum(lengths, np.where(lengths > 1, prefill_len, decode_len)).astype(np.int32)
-    query_starts, page_starts = _running_sum(lengths), _running_sum(-(-context_lens // page_tokens))
+    query_starts, page_starts = starts_of(lengths), starts_of(-(-context_lens // page_tokens))
     positions = np.arange(query_starts[-1]) + np.repeat(context_lens - query_starts[1:], lengths)
     return StepArrays(
         token_ids=np.zeros(query_starts[-1], dtype=np.int32),
@@ -127,8 +127,3 @@ def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_reserved(device) - before
-
-
-def _running_sum(values: Ints) -> Ints:
-    """0, then the sums of the first 1, 2, ... values."""
-    return np.concatenate(([0], np.cumsum(values))).astype(np.int32)

@@ -9,7 +9,7 @@ import torch
 from dataplane.engine.model_runner import LaunchedStep
 from dataplane.engine.request_state import RequestState
 from dataplane.engine.step_packer import ScheduledChunk
-from dataplane.model.step_inputs import Ints, StepArrays, StepInputs
+from dataplane.model.step_inputs import Ints, StepArrays, StepInputs, starts_of
 from dataplane.runner.sampling import Sampler, SamplingRow
 from dataplane.runner.step_buffers import StepBuffers
 from kernels.lora import LoraAdapter
@@ -78,7 +78,7 @@ class TorchModelRunner:
         context_lens = starts + lengths
         num_pages = -(-context_lens // self._page_tokens)
         tables = [chunk.request.page_table[:n] for chunk, n in zip(chunks, num_pages.tolist(), strict=True)]
-        page_starts, query_starts = _running_sum(num_pages), _running_sum(lengths)
+        page_starts, query_starts = starts_of(num_pages), starts_of(lengths)
         page_ids = np.concatenate(tables)
         positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], lengths)
         pages = page_ids[np.repeat(page_starts[:-1], lengths) + positions // self._page_tokens]
@@ -106,8 +106,3 @@ class TorchModelRunner:
         if end <= len(request.token_ids):
             return known
         return np.append(known, np.int32(-1 - self._rows[request]))
-
-
-def _running_sum(lengths: Ints) -> Ints:
-    """[n + 1], from 0."""
-    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
