@@ -46,7 +46,6 @@ class LoadedModel:
     limits: EngineLimits
     device: torch.device
     pool: torch.Tensor
-    decoder: Decoder
     model: GraphedModel
     buffers: StepBuffers
     sampler: Sampler
@@ -129,7 +128,7 @@ def load_model(
         geometry.dtype,
         clock,
     )
-    return LoadedModel(model_config, geometry, limits, device, pool, decoder, model, buffers, sampler, runs_ahead)
+    return LoadedModel(model_config, geometry, limits, device, pool, model, buffers, sampler, runs_ahead)
 
 
 class _Clock:
