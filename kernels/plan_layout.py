@@ -14,8 +14,8 @@ from kernels.lora import LoraTarget
 # A step whose tokens times ranks come to no more is computed by MBGMV alone. On an H200 that is where MBGMM becomes the faster of
 # the two, whoever the tokens belong to: at 1,200 of rank 8, 1,000 of rank 16, 400 of rank 64, 150 of rank 128. Of a step of more
 # work, MBGMV keeps the segments of few tokens.
-MAX_VECTOR_WORK = 1 << 14
-MAX_VECTOR_TOKENS = 16
+VECTOR_WORK = 1 << 14
+VECTOR_TOKENS = 16
 
 TILE_TOKENS = 8
 TILE_ROWS = 16
@@ -71,22 +71,28 @@ class WantedTasks:
 
 @dataclass(frozen=True, slots=True)
 class LoraLimits:
-    """The largest step: its tokens, its requests (so also its adapters), and the largest rank of a module."""
+    """The largest step: its tokens, its requests (so also its adapters), and the largest rank of a module.
+
+    vector_work: steps whose tokens times ranks come to no more are computed by MBGMV alone. vector_tokens: of all other steps it
+    keeps the segments of no more tokens.
+    """
 
     max_tokens: int
     max_requests: int
     max_rank: int
+    vector_work: int = VECTOR_WORK
+    vector_tokens: int = VECTOR_TOKENS
 
     @property
     def max_vector_tokens(self) -> int:
         """Most tokens that one step can send to MBGMV."""
-        return max(self.max_requests, min(self.max_tokens, max(MAX_VECTOR_WORK, MAX_VECTOR_TOKENS * self.max_requests)))
+        return max(self.max_requests, min(self.max_tokens, max(self.vector_work, self.vector_tokens * self.max_requests)))
 
     @property
     def max_vector_work(self) -> int:
         """Most of its tokens times their ranks."""
-        most_tokens = max(self.max_requests, min(self.max_tokens, MAX_VECTOR_TOKENS * self.max_requests))
-        return max(MAX_VECTOR_WORK, most_tokens * self.max_rank)
+        most_tokens = max(self.max_requests, min(self.max_tokens, self.vector_tokens * self.max_requests))
+        return max(self.vector_work, most_tokens * self.max_rank)
 
 
 class PlanShape:
@@ -133,7 +139,7 @@ class PlanCapacity:
         """The room for the largest step of a model."""
         tokens, segments = limits.max_vector_tokens, limits.max_requests
         tiles = min(tokens, segments + tokens // TILE_TOKENS)
-        matrix_segments = min(segments, limits.max_tokens // (MAX_VECTOR_TOKENS + 1))
+        matrix_segments = min(segments, limits.max_tokens // (limits.vector_tokens + 1))
         widths = shape.num_targets_of * limits.max_rank
         padded_widths = shape.num_targets_of * int(ceil_div(np.array(limits.max_rank), MATRIX_STEP)) * MATRIX_STEP
         row_tiles = tiles * ceil_div(widths, TILE_ROWS)

@@ -20,8 +20,6 @@ from kernels.plan_layout import (
     MATRIX_SLICES,
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
-    MAX_VECTOR_TOKENS,
-    MAX_VECTOR_WORK,
     PIECE_INTS,
     SPAN_INTS,
     TILE_ROWS,
@@ -81,7 +79,7 @@ class StepPlanner:
         segments = _Segments(starts, np.diff(starts, append=len(ordered)), entries["rank"].astype(np.int64))
 
         spans = np.zeros((shape.num_groups, 2, SPAN_INTS), dtype=np.int32)
-        is_matrix = np.zeros(len(starts), dtype=bool) if decode else _is_for_matrix(segments)
+        is_matrix = np.zeros(len(starts), dtype=bool) if decode else _is_for_matrix(segments, self.limits)
         tiles = self._tiles(segments, np.flatnonzero(~is_matrix), spans[:, 0])
         pieces = self._matrix_pieces(segments, np.flatnonzero(is_matrix), spans[:, 1])
 
@@ -195,11 +193,11 @@ class StepPlanner:
         spans[:, 3] = np.add.reduceat(totals[end:], shape.first_target)
 
 
-def _is_for_matrix(segments: _Segments) -> NDArray[np.bool_]:
+def _is_for_matrix(segments: _Segments, limits: LoraLimits) -> NDArray[np.bool_]:
     """Which segments MBGMM computes: none, unless MBGMV would take longer for the step."""
     # A token of an adapter that changes nothing takes its room all the same.
     work = int(segments.counts @ np.maximum(1, segments.ranks.max(axis=1)))
-    return segments.counts > (MAX_VECTOR_TOKENS if work > MAX_VECTOR_WORK else np.iinfo(np.int32).max)
+    return segments.counts > (limits.vector_tokens if work > limits.vector_work else np.iinfo(np.int32).max)
 
 
 def _totals(num_tiles: Longs) -> Longs:

@@ -3,12 +3,11 @@
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from kernels import step_plan
 from kernels.backend import lora_ops
 from kernels.lora import LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraRows, LoraTarget
 from kernels.lora_torch import TorchLoraOps
@@ -19,6 +18,8 @@ pytestmark = pytest.mark.gpu
 Group = tuple[LoraTarget, ...]
 
 LIMITS = LoraLimits(max_tokens=512, max_requests=128, max_rank=256)
+# MBGMM computes every segment of 5 tokens or more, else only those of steps larger than these tests have.
+MBGMM_FOR_FEW = replace(LIMITS, vector_work=0, vector_tokens=4)
 # Relative error of the whole output, where the delta is larger than y: rounding y to its dtype dominates.
 TOLERANCES = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -121,24 +122,14 @@ def add(ops: LoraOps, plan: LoraPlan, pool: Pool, tensors: Tensors, group: Group
     ops.add(tensors.y, tensors.x, pool.flat, plan, group)
 
 
-@pytest.fixture
-def mbgmm_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MBGMM computes every segment of 5 tokens or more, else only those of steps larger than these tests have."""
-    monkeypatch.setattr(step_plan, "MAX_VECTOR_WORK", 0)
-    monkeypatch.setattr(step_plan, "MAX_VECTOR_TOKENS", 4)
-
-
 @pytest.mark.parametrize("launches", LoraLaunches)
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize(("shape", "ranks"), list(itertools.product(SHAPES, RANKS)))
-def test_each_token_gets_the_delta_of_its_own_adapter(
-    shape: str, ranks: str, dtype: torch.dtype, launches: LoraLaunches, request: pytest.FixtureRequest
-) -> None:
-    if launches is LoraLaunches.MIXED:
-        request.getfixturevalue("mbgmm_for_few")
+def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dtype: torch.dtype, launches: LoraLaunches) -> None:
     groups = SHAPES[shape]
     pool = Pool(groups, RANKS[ranks], dtype)
-    ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
+    limits = MBGMM_FOR_FEW if launches is LoraLaunches.MIXED else LIMITS
+    ops = lora_ops(groups, dtype, torch.device("cuda"), limits)
     for name, adapter_index in BATCHES.items():
         if launches is LoraLaunches.DECODE and len(adapter_index) > LIMITS.max_requests:
             continue
@@ -182,7 +173,6 @@ def random_batch(chooser: random.Random, num_rows: int, num_adapters: int, launc
     return batch[: num_rows - 3]
 
 
-@pytest.mark.usefixtures("mbgmm_for_few")
 @pytest.mark.parametrize(
     ("shape", "launches", "num_adapters_of_steps"),
     [
@@ -199,7 +189,7 @@ def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(
     groups = SHAPES[shape]
     dtype, num_rows = torch.bfloat16, 72
     pool = Pool(groups, [16, 5, 64, 33, 8], dtype)
-    ops = lora_ops(groups, dtype, torch.device("cuda"), LIMITS)
+    ops = lora_ops(groups, dtype, torch.device("cuda"), MBGMM_FOR_FEW)
     tensors = [Tensors.random(group, num_rows, dtype) for group in groups]
     originals = [t.y.clone() for t in tensors]
 
@@ -231,12 +221,11 @@ def test_one_graph_serves_every_plan_of_its_kind_bit_for_bit(
                 assert torch.equal(bits(t.y[len(adapter_index) :]), bits(original[len(adapter_index) :]))
 
 
-@pytest.mark.usefixtures("mbgmm_for_few")
 def test_a_token_does_not_depend_on_how_the_rest_of_its_step_is_computed_beyond_rounding() -> None:
     """The same tokens by MBGMV and, among more of their adapter, by MBGMM."""
     dtype = torch.float16
     pool = Pool(LARGE, [40], dtype)
-    ops = lora_ops(LARGE, dtype, torch.device("cuda"), LIMITS)
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), MBGMM_FOR_FEW)
     tensors = Tensors.random(LARGE[0], 200, dtype)
     few = Tensors(tensors.x[:7], tensors.y[:7].clone(), tensors.y)
     for t, launches in ((tensors, LoraLaunches.MIXED), (few, LoraLaunches.DECODE)):

@@ -1,6 +1,6 @@
 """The step plan as the host writes it: every token once, nothing overlaps, and the largest step fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,8 +15,6 @@ from kernels.plan_layout import (
     HEADER_INTS,
     MATRIX_STEP,
     MATRIX_STEP_WORDS,
-    MAX_VECTOR_TOKENS,
-    MAX_VECTOR_WORK,
     PIECE_INTS,
     SPAN_INTS,
     Ints,
@@ -31,6 +29,7 @@ GROUPS = (
 )
 MODULES = [target.module for group in GROUPS for target in group]
 LIMITS = LoraLimits(max_tokens=1000, max_requests=24, max_rank=40)
+MBGMM_FOR_FEW = replace(LIMITS, vector_work=0, vector_tokens=2)
 WANTED = WantedTasks(vector=40, matrix=10)
 
 
@@ -78,8 +77,13 @@ class Written:
         return [int(row) for row in self.buffer[start : start + int(piece[2])]]
 
 
-def write(adapter_index: list[int], ranks: list[list[int]], launches: LoraLaunches = LoraLaunches.AS_NEEDED) -> Written:
-    planner = StepPlanner(GROUPS, LIMITS, WANTED)
+def write(
+    adapter_index: list[int],
+    ranks: list[list[int]],
+    launches: LoraLaunches = LoraLaunches.AS_NEEDED,
+    limits: LoraLimits = LIMITS,
+) -> Written:
+    planner = StepPlanner(GROUPS, limits, WANTED)
     buffer = np.full(planner.capacity.plan_ints, -(10**9), dtype=np.int32)
     summary = planner.write(buffer, adapter_index, [adapter(r) for r in ranks], launches)
     assert summary.used_ints <= planner.capacity.plan_ints
@@ -100,10 +104,12 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[list[int]], LoraLaunches]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(steps())
-def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[int], list[list[int]], LoraLaunches]) -> None:
+@given(steps(), st.sampled_from((LIMITS, MBGMM_FOR_FEW)))
+def test_every_token_with_an_adapter_is_in_exactly_one_piece(
+    step: tuple[list[int], list[list[int]], LoraLaunches], limits: LoraLimits
+) -> None:
     adapter_index, ranks, launches = step
-    plan = write(adapter_index, ranks, launches)
+    plan = write(adapter_index, ranks, launches, limits)
     seen: list[int] = []
     for pieces, most in ((plan.tiles, 8), (plan.segments, LIMITS.max_tokens)):
         for piece in pieces:
@@ -114,7 +120,7 @@ def test_every_token_with_an_adapter_is_in_exactly_one_piece(step: tuple[list[in
             seen += tokens
     assert sorted(seen) == [token for token, index in enumerate(adapter_index) if index >= 0]
     for piece in plan.segments:
-        assert launches is not LoraLaunches.DECODE and piece[2] > MAX_VECTOR_TOKENS
+        assert launches is not LoraLaunches.DECODE and piece[2] > limits.vector_tokens
 
 
 def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
@@ -127,10 +133,12 @@ def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(steps())
-def test_tasks_and_products_fill_their_rooms_side_by_side(step: tuple[list[int], list[list[int]], LoraLaunches]) -> None:
+@given(steps(), st.sampled_from((LIMITS, MBGMM_FOR_FEW)))
+def test_tasks_and_products_fill_their_rooms_side_by_side(
+    step: tuple[list[int], list[list[int]], LoraLaunches], limits: LoraLimits
+) -> None:
     adapter_index, ranks, launches = step
-    check_rooms(write(adapter_index, ranks, launches))
+    check_rooms(write(adapter_index, ranks, launches, limits))
 
 
 def check_rooms(plan: Written) -> None:
@@ -172,10 +180,13 @@ def check_rooms(plan: Written) -> None:
         check_disjoint(expand, capacity.expand_tasks if kind == 0 else capacity.matrix_expand_tasks)
 
 
+@pytest.mark.parametrize("limits", [LIMITS, MBGMM_FOR_FEW], ids=["as served", "MBGMM for few"])
 @pytest.mark.parametrize(
     ("adapter_index", "launches"),
     [
         (list(range(24)), LoraLaunches.DECODE),
+        ([t // 2 for t in range(48)], LoraLaunches.MIXED),
+        ([t // 3 for t in range(72)], LoraLaunches.MIXED),
         ([t % 24 for t in range(1000)], LoraLaunches.AS_NEEDED),
         ([t % 24 for t in range(409)], LoraLaunches.AS_NEEDED),
         ([t // 16 for t in range(384)] + [12] * 616, LoraLaunches.MIXED),
@@ -184,9 +195,9 @@ def check_rooms(plan: Written) -> None:
         ([0] * 1000, LoraLaunches.MIXED),
     ],
 )
-def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches) -> None:
+def test_the_largest_step_fits(adapter_index: list[int], launches: LoraLaunches, limits: LoraLimits) -> None:
     ranks = [[LIMITS.max_rank] * 4 for _ in range(24)]
-    check_rooms(write(adapter_index, ranks, launches))
+    check_rooms(write(adapter_index, ranks, launches, limits))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +215,7 @@ def test_long_segments_of_steps_with_much_work_go_to_mbgmm(
     index = [i for i, (count, _) in enumerate(counts_and_ranks) for _ in range(count)]
     plan = write(index, [[1, rank, 0, 1] for _, rank in counts_and_ranks])
     assert [int(piece[0]) // len(MODULES) for piece in plan.segments] == for_matrix
-    assert bool(for_matrix) == (sum(count * rank for count, rank in counts_and_ranks) > MAX_VECTOR_WORK)
+    assert bool(for_matrix) == (sum(count * rank for count, rank in counts_and_ranks) > LIMITS.vector_work)
 
 
 def test_steps_past_the_limits_are_caught() -> None:
