@@ -146,8 +146,11 @@ class PlanCapacity:
         row_tiles = tiles * ceil_div(widths, TILE_ROWS)
         matrix_tiles = matrix_segments + limits.max_tokens // MATRIX_SHRINK_TOKENS
         matrix_expand_tiles = matrix_segments + limits.max_tokens // MATRIX_EXPAND_TOKENS
-        # Splitting stops when there are enough tasks, so it adds at most that many, each with its products.
-        parts = shape.num_targets_of.max() * limits.max_vector_work + 2 * wanted_tasks.vector * TILE_ROWS * TILE_TOKENS
+        # MBGMV splits each of n tasks into wanted / n, rounded up: fewer than are wanted come to them, each with its products.
+        more_tasks = wanted_tasks.vector - 1
+        parts = shape.num_targets_of.max() * limits.max_vector_work + more_tasks * TILE_ROWS * TILE_TOKENS
+        # MBGMM rounds down: where it splits at all, there are no more tasks than wanted.
+        matrix_shrink_tasks = matrix_tiles * ceil_div(padded_widths, MATRIX_SHRINK_ROWS)
         step_tiles = matrix_segments + limits.max_tokens // MATRIX_STEP
         return PlanCapacity(
             plan_ints=shape.token_rows_at
@@ -155,15 +158,15 @@ class PlanCapacity:
             + 4
             + (tiles + matrix_segments) * shape.piece_ints
             + segments * len(shape.targets) * ENTRY_INTS,
-            shrink_tasks=int(row_tiles.sum()) + 2 * wanted_tasks.vector * shape.num_groups,
+            shrink_tasks=int(row_tiles.sum()) + more_tasks * shape.num_groups,
             # A tile of several tokens has no more than two tasks where each of its tokens alone has one.
             expand_tasks=int(min(tokens * shape.token_columns.sum(), tiles * shape.tile_columns.sum())),
             parts=int(parts),
             rank_rows=int(matrix_segments * padded_widths.sum()),
-            matrix_shrink_tasks=int((matrix_tiles * ceil_div(padded_widths, MATRIX_SHRINK_ROWS) + 2 * wanted_tasks.matrix).sum()),
+            matrix_shrink_tasks=int(np.maximum(matrix_shrink_tasks, wanted_tasks.matrix).sum()),
             matrix_expand_tasks=int(matrix_expand_tiles * shape.matrix_columns.sum()),
             products=int(step_tiles * padded_widths.max() // MATRIX_STEP * MATRIX_STEP_WORDS),
-            # Only as long as there are fewer tiles than wanted are products split.
-            partials=2 * wanted_tasks.matrix * MATRIX_SHRINK_ROWS * MATRIX_SHRINK_TOKENS,
+            # One of each task of a group whose products are split.
+            partials=wanted_tasks.matrix * MATRIX_SHRINK_ROWS * MATRIX_SHRINK_TOKENS,
             counters=wanted_tasks.matrix,
         )

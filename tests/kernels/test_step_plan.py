@@ -23,10 +23,18 @@ from kernels.plan_layout import (
 )
 from kernels.step_plan import PlanSummary, StepPlanner
 
-GROUPS = (
-    (LoraTarget("q_proj", 512, 512, 0), LoraTarget("k_proj", 512, 128, 512), LoraTarget("v_proj", 512, 128, 640)),
-    (LoraTarget("o_proj", 520, 264, 0),),
-)
+Groups = tuple[tuple[LoraTarget, ...], ...]
+
+
+def groups_of(qkv_features: int, o_features: int) -> Groups:
+    qkv = (("q_proj", 512, 0), ("k_proj", 128, 512), ("v_proj", 128, 640))
+    return (
+        tuple(LoraTarget(module, qkv_features, width, start) for module, width, start in qkv),
+        (LoraTarget("o_proj", o_features, 264, 0),),
+    )
+
+
+GROUPS = groups_of(512, 520)
 MODULES = [target.module for group in GROUPS for target in group]
 LIMITS = LoraLimits(max_tokens=1000, max_requests=24, max_rank=40)
 MBGMM_FOR_FEW = replace(LIMITS, vector_work=0, vector_tokens=2)
@@ -49,6 +57,8 @@ class Written:
     planner: StepPlanner
     summary: PlanSummary
     buffer: Ints
+    wanted: WantedTasks
+    groups: Groups
 
     @property
     def tiles(self) -> Ints:
@@ -82,12 +92,14 @@ def write(
     ranks: list[list[int]],
     launches: LoraLaunches = LoraLaunches.AS_NEEDED,
     limits: LoraLimits = LIMITS,
+    wanted: WantedTasks = WANTED,
+    groups: Groups = GROUPS,
 ) -> Written:
-    planner = StepPlanner(GROUPS, limits, WANTED)
+    planner = StepPlanner(groups, limits, wanted)
     buffer = np.full(planner.capacity.plan_ints, -(10**9), dtype=np.int32)
     summary = planner.write(buffer, adapter_index, [adapter(r) for r in ranks], launches)
     assert summary.used_ints <= planner.capacity.plan_ints
-    return Written(planner, summary, buffer)
+    return Written(planner, summary, buffer, wanted, groups)
 
 
 ranks_of_adapters = st.lists(st.lists(st.integers(0, LIMITS.max_rank), min_size=4, max_size=4), min_size=1, max_size=6)
@@ -132,13 +144,52 @@ def check_disjoint(regions: list[tuple[int, int]], room: int) -> None:
     assert end <= room
 
 
-@settings(max_examples=80, deadline=None)
-@given(steps(), st.sampled_from((LIMITS, MBGMM_FOR_FEW)))
-def test_tasks_and_products_fill_their_rooms_side_by_side(
-    step: tuple[list[int], list[list[int]], LoraLaunches], limits: LoraLimits
-) -> None:
-    adapter_index, ranks, launches = step
-    check_rooms(write(adapter_index, ranks, launches, limits))
+@st.composite
+def plans(draw: st.DrawFn) -> Written:
+    """Of any model on any device, within limits that are often met."""
+    max_requests, max_rank = draw(st.integers(1, 6)), draw(st.integers(1, 80))
+    limits = LoraLimits(
+        max_tokens=max_requests + draw(st.integers(0, 200)),
+        max_requests=max_requests,
+        max_rank=max_rank,
+        vector_work=draw(st.sampled_from((0, 200, 1 << 14))),
+        vector_tokens=draw(st.integers(1, 16)),
+    )
+    rank = st.just(max_rank) | st.integers(0, max_rank)
+    ranks = draw(st.lists(st.lists(rank, min_size=4, max_size=4), min_size=1, max_size=max_requests))
+    lengths = [draw(st.integers(1, 40) | st.just(limits.max_tokens)) for _ in ranks]
+    launches = draw(st.sampled_from(LoraLaunches))
+    most = limits.max_requests if launches is LoraLaunches.DECODE else limits.max_tokens
+    index = [number for number, length in enumerate(lengths) for _ in range(length)][:most]
+    wanted = WantedTasks(vector=draw(st.integers(1, 100)), matrix=draw(st.integers(1, 40)))
+    features = st.sampled_from((8, 520, 2048, 4096, 11008))
+    return write(index, ranks, launches, limits, wanted, groups_of(draw(features), draw(features)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans())
+def test_tasks_and_products_fill_their_rooms_side_by_side(plan: Written) -> None:
+    check_rooms(plan)
+
+
+def test_room_for_split_products_of_mbgmv_is_used_to_the_last() -> None:
+    """Three tasks of 16 rank rows and 8 tokens for q, k and v, where seven are wanted: each becomes three."""
+    limits = LoraLimits(max_tokens=8, max_requests=1, max_rank=16, vector_work=0, vector_tokens=8)
+    plan = write([0] * 8, [[16] * 4], limits=limits, wanted=WantedTasks(vector=7, matrix=1), groups=groups_of(2048, 2048))
+    check_rooms(plan)
+    assert plan.spans(0)[0, 1] == 9
+    assert plan.planner.capacity.parts == 9 * 16 * 8
+
+
+def test_room_for_split_products_of_mbgmm_is_used_to_the_last() -> None:
+    """A tile of 64 tokens and 64 rank rows in each group, whose slices may be short enough to make all wanted tasks of it."""
+    limits = LoraLimits(max_tokens=64, max_requests=1, max_rank=16, vector_work=0)
+    plan = write([0] * 64, [[16] * 4], limits=limits, wanted=WantedTasks(vector=8, matrix=8), groups=groups_of(4096, 4096))
+    check_rooms(plan)
+    num_shrink, num_splits = plan.spans(1)[:, 1], plan.spans(1)[:, 4]
+    assert num_shrink.tolist() == num_splits.tolist() == [8, 8]
+    assert num_shrink.sum() == plan.planner.capacity.matrix_shrink_tasks
+    assert num_shrink.max() * 64 * 64 == plan.planner.capacity.partials
 
 
 def check_rooms(plan: Written) -> None:
@@ -147,7 +198,8 @@ def check_rooms(plan: Written) -> None:
     for kind, pieces in ((0, plan.tiles), (1, plan.segments)):
         shrink: list[tuple[int, int]] = []
         expand: list[tuple[int, int]] = []
-        for g, group in enumerate(GROUPS):
+        rank_rows: list[tuple[int, int]] = []
+        for g, group in enumerate(plan.groups):
             span = plan.spans(kind)[g]
             num_splits, slice_length = int(span[4]), int(span[5])
             products: list[tuple[int, int]] = []
@@ -156,7 +208,7 @@ def check_rooms(plan: Written) -> None:
             for piece in pieces:
                 assert (num_splits - 1) * slice_length < group[0].in_features <= num_splits * slice_length
                 ranks = plan.ranks(piece)[first : first + len(group)]
-                shrink_start, v_start, _ = piece[PIECE_INTS + 3 * g : PIECE_INTS + 3 * g + 3].tolist()
+                shrink_start, v_start, row_start = piece[PIECE_INTS + 3 * g : PIECE_INTS + 3 * g + 3].tolist()
                 tokens = int(piece[2])
                 if kind == 0:
                     width = sum(ranks)
@@ -165,6 +217,7 @@ def check_rooms(plan: Written) -> None:
                 else:
                     width = sum(-(-rank // MATRIX_STEP) * MATRIX_STEP for rank in ranks)
                     of_group.append((shrink_start, -(-width // 64) * -(-tokens // 64) * num_splits))
+                    rank_rows.append((row_start, width))
                     products.append((v_start, -(-tokens // MATRIX_STEP) * (width // MATRIX_STEP) * MATRIX_STEP_WORDS))
                 for m, (target, rank) in enumerate(zip(group, ranks, strict=True)):
                     columns = 128 if kind == 1 else 1024 if tokens == 1 else 512
@@ -172,11 +225,12 @@ def check_rooms(plan: Written) -> None:
                     expand.append((int(piece[PIECE_INTS + 3 * shape.num_groups + first + m]), num_expand))
             check_disjoint(products, capacity.parts if kind == 0 else capacity.products)
             assert sum(length for _, length in of_group) == span[1]
-            assert kind == 0 or num_splits <= 1 or int(span[1]) <= WANTED.matrix, "more than run at once"
+            assert kind == 0 or num_splits <= 1 or int(span[1]) <= plan.wanted.matrix, "more than run at once"
             assert kind == 0 or num_splits <= 1 or int(span[1]) * 64 * 64 <= capacity.partials
             assert kind == 0 or num_splits <= 1 or int(span[1]) // num_splits <= capacity.counters
             shrink += of_group
         check_disjoint(shrink, capacity.shrink_tasks if kind == 0 else capacity.matrix_shrink_tasks)
+        check_disjoint(rank_rows, capacity.rank_rows)
         check_disjoint(expand, capacity.expand_tasks if kind == 0 else capacity.matrix_expand_tasks)
 
 
@@ -242,7 +296,7 @@ def test_more_adapters_than_are_remembered_are_read_again() -> None:
     for round in range(30):
         adapters = [adapter([1 + (round + i) % 40, 0, 3, 0]) for i in range(10)]
         summary = planner.write(buffer, list(range(10)), adapters, LoraLaunches.DECODE)
-        plan = Written(planner, summary, buffer)
+        plan = Written(planner, summary, buffer, WANTED, GROUPS)
         found = {plan.tokens(piece)[0]: plan.ranks(piece)[0] for piece in plan.tiles}
         assert found == {i: 1 + (round + i) % 40 for i in range(10)}
         largest = [max(rank, 3) for rank in found.values()]
