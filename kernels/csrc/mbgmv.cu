@@ -21,6 +21,10 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 3;
 constexpr int kSteps = 8;  // of 32 features, in flight at once
+static_assert(kTileRows == 16 && kTileTokens == 8, "rows and columns of a product on the tensor cores");
+static_assert(kTokenColumns == kThreads * kVectorLength, "a vector of columns each");
+static_assert(kTileColumns % (kWarps * 64) == 0, "whole parts of 64 columns for each warp: a vector for every four lanes");
+static_assert(kMaxSplits % 2 == 0, "two lanes share the slices of a product");
 
 using Part = unsigned long long;  // fp32 bits of a product of one slice, and above them the mark of the launch
 
