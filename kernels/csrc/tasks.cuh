@@ -1,5 +1,5 @@
 // The step plan on the device: what the host uploads, and the tasks that step_plan.cu makes of it.
-// Layouts are mirrored in kernels/step_plan.py. Row offsets are in vectors of 8 elements from the start of a layer's pool.
+// Layouts are mirrored in kernels/plan_layout.py. Row offsets are in vectors of 8 elements from the start of a layer's pool.
 #pragma once
 
 constexpr int kVectorLength = 8;     // elements of 16 bytes
