@@ -30,9 +30,8 @@ from kernels.uploads import upload
 # A task of MBGMV reads 8 KiB of weights at least, one of MBGMM is a thread block: enough loads in flight everywhere.
 _VECTOR_TASKS_PER_SM = 8
 _MATRIX_TASKS_PER_SM = 2
+# The number of a launch has 12 bits in the mark of a product. The other 20 are its step's, which write_tasks counts.
 _MAX_LAUNCHES = (1 << 12) - 1
-# The number of a step has 20 bits in the mark of a product. Long before one comes round again, all old marks are gone.
-_STEPS_BEFORE_CLEARING = 1 << 18
 
 
 @dataclass(slots=True)
@@ -122,7 +121,6 @@ class CudaLoraOps(LoraOps):
         with torch.cuda.device(device):
             self._kernels = LoraKernels(dtype, limits.max_rank)
         self._plan_on_host = torch.zeros(self._planner.capacity.plan_ints, dtype=torch.int32)
-        self._num_steps = 0
         # What the device's plan was made of: while a batch decodes on unchanged, so does its plan.
         self._uploaded: tuple[_Step, PlanSummary] | None = None
         self._find_addresses()
@@ -135,10 +133,11 @@ class CudaLoraOps(LoraOps):
         token_rows, products = plan + 4 * shape.token_rows_at, buffers.products.data_ptr()
         num_groups, num_targets = shape.num_groups, len(shape.targets)
         tables = (shrink, expand, rank_rows, matrix_shrink, matrix_expand)
-        self._begin_arguments = (plan, shapes, shapes + 16 * num_groups, num_groups, num_targets, step, *tables)
+        parts, num_parts = buffers.parts.data_ptr(), self._planner.capacity.parts
+        self._begin_arguments = (plan, shapes, shapes + 16 * num_groups, num_groups, num_targets, step, *tables, parts, num_parts)
         spans = [plan + 4 * (HEADER_INTS + SPAN_INTS * i) for i in range(2 * num_groups)]
         self._vector_spans, self._matrix_spans = spans[::2], spans[1::2]
-        self._vector_arguments = (shrink, expand, buffers.parts.data_ptr(), step)
+        self._vector_arguments = (shrink, expand, parts, step)
         partials, counters = buffers.partials.data_ptr(), buffers.counters.data_ptr()
         self._shrink_arguments = (matrix_shrink, rank_rows, token_rows, products, partials, counters)
         self._expand_arguments = (matrix_expand, token_rows, products)
@@ -155,9 +154,6 @@ class CudaLoraOps(LoraOps):
 
         adapter_index: [num_tokens], index into `adapters`, or -1 for a token of the base model.
         """
-        self._num_steps += 1
-        if self._num_steps % _STEPS_BEFORE_CLEARING == 0:
-            self._buffers.parts.zero_()
         wanted = _Step(np.array(adapter_index, dtype=np.int32), tuple(adapters), launches)
         if self._uploaded is None or not self._uploaded[0].is_same(wanted):
             self._uploaded = wanted, self._upload(wanted)

@@ -25,7 +25,7 @@ class LoraKernels:
 
         activations = (POINTER, LONG)  # first element and row stride
         expand_shared = -(-max_rank // MATRIX_STEP) * MATRIX_STEP * _ROW_BYTES
-        self._write_tasks = load("step_plan.cu", "write_tasks", 256, 0, *(POINTER,) * 3, INT, INT, *(POINTER,) * 6)
+        self._write_tasks = load("step_plan.cu", "write_tasks", 256, 0, *(POINTER,) * 3, INT, INT, *(POINTER,) * 7, INT)
         self._vector = load("mbgmv.cu", "mbgmv", 128, 0, POINTER, *activations, *activations, *(POINTER,) * 5, UINT, INT)
         self._shrink = load("mbgmm.cu", "mbgmm_shrink", 256, _SHRINK_SHARED, POINTER, *activations, *(POINTER,) * 7)
         self._expand = load("mbgmm.cu", "mbgmm_expand", 128, expand_shared, POINTER, *activations, *(POINTER,) * 4)

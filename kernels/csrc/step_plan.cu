@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr unsigned kStepsBeforeClearing = 1u << 18;
+
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // What one warp needs to know of a tile or a segment and one input.
@@ -128,14 +130,22 @@ __device__ void write_segment(const Work& work, const TargetShape* targets, int*
 
 }  // namespace
 
-// plan: as uploaded. groups: [num_groups], targets: [num_targets], the model's. step: counts the runs of this kernel; with it
-// parts of v written in an earlier step are told from those of this one.
+// plan: as uploaded. groups: [num_groups], targets: [num_targets], the model's. step: counts the runs of this kernel, replays too;
+// with it MBGMV marks its products in `parts`, to tell them from those of earlier steps. A mark has room for 20 bits of the count:
+// long before they come round again, all parts are cleared.
 extern "C" __global__ void write_tasks(const int* __restrict__ plan, const GroupShape* __restrict__ groups,
                                        const TargetShape* __restrict__ targets, int num_groups, int num_targets, unsigned* step,
                                        ShrinkTask* __restrict__ shrink_tasks, ExpandTask* __restrict__ expand_tasks,
                                        int* __restrict__ rank_rows, MatrixShrinkTask* __restrict__ matrix_shrink_tasks,
-                                       MatrixExpandTask* __restrict__ matrix_expand_tasks) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;
+                                       MatrixExpandTask* __restrict__ matrix_expand_tasks,
+                                       unsigned long long* __restrict__ parts, int num_parts) {
+  if (blockIdx.x == gridDim.x - 1) {  // which has the fewest tasks to write
+    const unsigned count = *step + 1;
+    __syncthreads();
+    if (threadIdx.x == 0) *step = count;
+    if (count % kStepsBeforeClearing == 0)
+      for (int i = threadIdx.x; i < num_parts; i += blockDim.x) parts[i] = 0;
+  }
   const PlanHeader header = *reinterpret_cast<const PlanHeader*>(plan);
   const TaskSpan* spans = reinterpret_cast<const TaskSpan*>(plan + sizeof(PlanHeader) / 4);
   const int lane = threadIdx.x & 31;

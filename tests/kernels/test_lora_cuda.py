@@ -10,6 +10,7 @@ import torch
 
 from kernels.backend import lora_ops
 from kernels.lora import LoraAdapter, LoraLaunches, LoraOps, LoraPlan, LoraRows, LoraTarget
+from kernels.lora_cuda import CudaLoraOps
 from kernels.lora_torch import TorchLoraOps
 from kernels.plan_layout import LoraLimits
 
@@ -251,6 +252,20 @@ def test_steps_of_many_plans_in_a_row_do_not_disturb_each_other() -> None:
         add(ops, plan, pool, t, LARGE[0])
     for t, y in zip(made, expected, strict=True):
         assert ((t.y.double() - y).norm() / y.norm()).item() < TOLERANCES[dtype]
+
+
+def test_products_are_cleared_before_the_marks_of_their_steps_come_round_again() -> None:
+    """The count of steps has 20 bits in a mark, and it is that count, on the device, which decides."""
+    pool = Pool(SMALL, [4], torch.bfloat16)
+    ops = CudaLoraOps(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
+    parts, step = ops._buffers.parts.view(torch.int64), ops._buffers.step.view(torch.int32)
+    plan = ops.plan([0], pool.adapters)
+    for count, is_cleared in ((5, False), ((1 << 18) - 1, True), (1 << 18, False), ((1 << 20) - 1, True)):
+        parts.fill_(7)
+        step.fill_(count)
+        ops.begin(plan)
+        assert step[0].item() == count + 1
+        assert torch.equal(parts, torch.full_like(parts, 0 if is_cleared else 7)), count
 
 
 def test_the_plan_follows_adapters_that_moved() -> None:
