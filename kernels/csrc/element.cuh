@@ -34,6 +34,26 @@ __device__ __forceinline__ void split2(float first, float second, unsigned& high
   low = pack2(first - kept.x, second - kept.y);
 }
 
+// Whether v = A x may be too large for an element (float16 ends at 65,504), or so small that it keeps few of its bits. A power of
+// two then brings it to where an element keeps most, before it is multiplied on tensor cores, and the fp32 sums are brought back.
+#ifdef LORA_FP16
+constexpr bool kMustScale = true;
+#else
+constexpr bool kMustScale = false;  // bfloat16 has the range of fp32
+#endif
+
+// Powers of two: the one that brings `largest` to between 2^14 and 2^15, and the one that takes that back. largest >= 0.
+__device__ __forceinline__ float2 scale_and_back(float largest) {
+  const unsigned exponent = max(__float_as_uint(largest) >> 23, 15u);  // biased by 127; of what is smaller, 2^126 is enough
+  return make_float2(__uint_as_float((268u - exponent) << 23), __uint_as_float((exponent - 14u) << 23));
+}
+
+// The largest of four neighbouring lanes.
+__device__ __forceinline__ float largest_of_four(float value) {
+  value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+  return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
 // Weights do not change while a step runs and are read once: past L1, which is for the activations. Zeros if not `is_inside`.
 __device__ __forceinline__ uint4 load_weights(const Element* address, bool is_inside) {
   uint4 value;

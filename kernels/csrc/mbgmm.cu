@@ -2,8 +2,9 @@
 // S-LoRA §5 calls it Multi-size Batched Gather Matrix-Matrix multiplication.
 //
 // Shrink computes v = x A^T for all modules of one input at once: their rank rows stand side by side as the columns of v. Expand
-// adds scaling * v B to y. v is summed in fp32 and handed over as two numbers of the pool's dtype, so that it loses nothing that
-// matters, in the order in which the tensor cores want it. Both run with a fixed grid over a task list.
+// adds scaling * v B to y. v is summed in fp32 and multiplied as two numbers of the pool's dtype, so that it loses nothing that
+// matters. It is handed over in the order in which the tensor cores want it: as these two, or in fp32 where expand must scale it
+// first. Both run with a fixed grid over a task list.
 
 #include "element.cuh"
 #include "matrix.cuh"
@@ -40,7 +41,8 @@ __device__ __forceinline__ void load_stage(unsigned stage, const Element* const 
       copy_async(stage + stage_offset(row + n * kRowStep, vector), k < end ? rows[n] + k : rows[n], (present >> n & 1) && k < end);
 }
 
-// Sums `num_planes` of [kTokens][kRows] and writes them as operands of expand.
+// Sums `num_planes` of [kTokens][kRows] and writes them as operands of expand: the high parts of pairs of rank rows, then the low
+// ones. Where they must be scaled, the first of each pair, then the second.
 template <bool kIsShared>
 __device__ __forceinline__ void write_products(const float* planes, int num_planes, const MatrixShrinkTask& task, int row_groups,
                                                unsigned* v) {
@@ -48,7 +50,7 @@ __device__ __forceinline__ void write_products(const float* planes, int num_plan
   const int num_operands = (task.num_tokens + 15) / 16 * row_groups;
   for (int i = threadIdx.x >> 5; i < num_operands; i += kShrinkThreads / 32) {
     const int tile = i / row_groups, group = i % row_groups;
-    unsigned high[4], low[4];
+    unsigned first[4], second[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {  // both tokens of this lane for the first 8 rank rows, then for the next 8
       const int token = tile * 16 + (lane >> 2) + (e & 1) * 8, row = group * 16 + (lane & 3) * 2 + (e >> 1) * 8;
@@ -59,11 +61,16 @@ __device__ __forceinline__ void write_products(const float* planes, int num_plan
         sum.x += part.x;
         sum.y += part.y;
       }
-      split2(sum.x, sum.y, high[e], low[e]);
+      if constexpr (kMustScale) {
+        first[e] = __float_as_uint(sum.x);
+        second[e] = __float_as_uint(sum.y);
+      } else {
+        split2(sum.x, sum.y, first[e], second[e]);
+      }
     }
     uint4* to = reinterpret_cast<uint4*>(v + task.v_start + tile * task.v_stride + group * kMatrixStepWords) + lane * 2;
-    to[0] = make_uint4(high[0], high[1], high[2], high[3]);
-    to[1] = make_uint4(low[0], low[1], low[2], low[3]);
+    to[0] = make_uint4(first[0], first[1], first[2], first[3]);
+    to[1] = make_uint4(second[0], second[1], second[2], second[3]);
   }
 }
 
@@ -91,7 +98,7 @@ struct Tile {
   Element* out[2];
   bool is_token[2];
   uint4 old[2][kGroups];
-  const uint4* products;  // operands of this lane: high, low
+  const uint4* products;  // operands of this lane, in two parts
 
   __device__ __forceinline__ bool is_inside(const MatrixExpandTask& task, int m, int g, int lane) const {
     return is_token[m] && g * 32 + (lane & 3) * kVectorLength < task.num_columns;
@@ -146,17 +153,41 @@ __device__ __forceinline__ void load_b(unsigned char* b_shared, const MatrixExpa
   }
 }
 
+// v of 16 tokens and 16 rank rows as one lane holds it: 4 rank rows of two tokens.
+struct Operand {
+  uint4 high, low;
+  float back[2];  // of each token, if it must be scaled
+
+  __device__ __forceinline__ Operand(const uint4& first, const uint4& second) : high(first), low(second) {
+    if constexpr (kMustScale) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float2 pairs[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          pairs[h] = make_float2(__uint_as_float((&first.x)[m + 2 * h]), __uint_as_float((&second.x)[m + 2 * h]));
+        const float largest = fmaxf(fmaxf(fabsf(pairs[0].x), fabsf(pairs[0].y)), fmaxf(fabsf(pairs[1].x), fabsf(pairs[1].y)));
+        const float2 scale = scale_and_back(largest_of_four(largest));
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          split2(scale.x * pairs[h].x, scale.x * pairs[h].y, (&high.x)[m + 2 * h], (&low.x)[m + 2 * h]);
+        back[m] = scale.y;
+      }
+    }
+  }
+};
+
 // y += scaling * v B for 16 tokens and 128 columns, 32 columns at a time.
 __device__ __forceinline__ void multiply(Tile& tile, const MatrixExpandTask& task, const unsigned char* b_shared, int lane) {
-  const uint4 first_high = __ldcg(tile.products), first_low = __ldcg(tile.products + 1);
+  const Operand first(__ldcg(tile.products), __ldcg(tile.products + 1));
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     float sums[4][4] = {};
-    uint4 high = first_high, low = first_low;
+    Operand v = first;
     for (int base = 0; base < task.rank; base += kMatrixStep) {
       if (base > 0) {
-        high = tile.products[base / kMatrixStep * (kMatrixStepWords / 4)];
-        low = tile.products[base / kMatrixStep * (kMatrixStepWords / 4) + 1];
+        const uint4* products = tile.products + base / kMatrixStep * (kMatrixStepWords / 4);
+        v = Operand(products[0], products[1]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -165,9 +196,13 @@ __device__ __forceinline__ void multiply(Tile& tile, const MatrixExpandTask& tas
             b, shared_address(b_shared + (base + (lane & 15)) * kRowBytes + (g * 32 + half * 16 + (lane >> 4) * 8) * 2));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          float(&sum)[4] = sums[half * 2 + n];
-          multiply_add(sum, high.x, high.y, high.z, high.w, b[2 * n], b[2 * n + 1]);
-          multiply_add(sum, low.x, low.y, low.z, low.w, b[2 * n], b[2 * n + 1]);
+          float scaled[4] = {};
+          float(&sum)[4] = kMustScale ? scaled : sums[half * 2 + n];
+          multiply_add(sum, v.high.x, v.high.y, v.high.z, v.high.w, b[2 * n], b[2 * n + 1]);
+          multiply_add(sum, v.low.x, v.low.y, v.low.z, v.low.w, b[2 * n], b[2 * n + 1]);
+          if constexpr (kMustScale)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[half * 2 + n][e] = fmaf(v.back[e >> 1], scaled[e], sums[half * 2 + n][e]);
         }
       }
     }

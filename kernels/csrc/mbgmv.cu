@@ -200,7 +200,8 @@ __device__ __forceinline__ void gather_tile(float* held, const ExpandTask& task,
 // y += scaling * v B for up to 8 tokens, on tensor cores: 16 columns of y are the rows of a product, the tokens its columns. The
 // order of columns is free, and that of rank rows within a product too: each lane loads 8 neighbouring columns of 4 rank rows, as
 // the operands of 4 products, and gets the sums of the same 8 columns for two of the tokens. v is split into what the pool's
-// dtype holds and what that leaves out, so that it loses nothing that matters.
+// dtype holds and what that leaves out, so that it loses nothing that matters; where it must be scaled first, 16 rank rows of each
+// token are at a time.
 __device__ __forceinline__ void expand_tile(const ExpandTask& task, const int* tokens, int row, const Element* pool, Element* y,
                                             long long y_stride, const Part* v, unsigned mark, float (*held)[kThreads], int& turn,
                                             bool& has_waited, int lane) {
@@ -236,7 +237,15 @@ __device__ __forceinline__ void expand_tile(const ExpandTask& task, const int* t
     turn ^= 1;
     gather_tile(held[turn], task, base, v, mark);
     __syncthreads();
-    const float4 mine = *reinterpret_cast<const float4*>(held[turn] + (lane >> 2) * 16 + 4 * quad);
+    float4 mine = *reinterpret_cast<const float4*>(held[turn] + (lane >> 2) * 16 + 4 * quad);
+    float back[2];  // for the tokens of this lane's sums
+    if constexpr (kMustScale) {
+      const float largest = fmaxf(fmaxf(fabsf(mine.x), fabsf(mine.y)), fmaxf(fabsf(mine.z), fabsf(mine.w)));
+      const float2 scale = scale_and_back(largest_of_four(largest));
+      mine = make_float4(scale.x * mine.x, scale.x * mine.y, scale.x * mine.z, scale.x * mine.w);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) back[m] = __shfl_sync(~0u, scale.y, (2 * quad + m) * 4);
+    }
     unsigned high[2], low[2];
     split2(mine.x, mine.y, high[0], low[0]);
     split2(mine.z, mine.w, high[1], low[1]);
@@ -248,8 +257,13 @@ __device__ __forceinline__ void expand_tile(const ExpandTask& task, const int* t
         // Of the even column, then of the odd one, two rank rows each.
         const unsigned a0 = __byte_perm(w0, w1, 0x5410), a1 = __byte_perm(w0, w1, 0x7632);
         const unsigned a2 = __byte_perm(w2, w3, 0x5410), a3 = __byte_perm(w2, w3, 0x7632);
-        multiply_add(sums[p][i], a0, a1, a2, a3, high[0], high[1]);
-        multiply_add(sums[p][i], a0, a1, a2, a3, low[0], low[1]);
+        float scaled[4] = {};
+        float(&sum)[4] = kMustScale ? scaled : sums[p][i];
+        multiply_add(sum, a0, a1, a2, a3, high[0], high[1]);
+        multiply_add(sum, a0, a1, a2, a3, low[0], low[1]);
+        if constexpr (kMustScale)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[p][i][e] = fmaf(back[e & 1], scaled[e], sums[p][i][e]);
       }
   }
 #pragma unroll

@@ -13,7 +13,7 @@ constexpr int kMatrixShrinkTokens = 64;
 constexpr int kMatrixShrinkRows = 64;
 constexpr int kMatrixExpandTokens = 128;
 constexpr int kMatrixStep = 16;         // MBGMM: tokens and rank rows of an operand of the tensor cores
-constexpr int kMatrixStepWords = 256;   // 32-bit words of that operand of v, twice: high halves and what they leave out
+constexpr int kMatrixStepWords = 256;   // 32-bit words of that operand of v, in two parts: see mbgmm.cu
 
 constexpr int kMatrixExpandColumns = 128;
 

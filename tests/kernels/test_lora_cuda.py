@@ -150,6 +150,29 @@ def test_each_token_gets_the_delta_of_its_own_adapter(shape: str, ranks: str, dt
             assert torch.equal(bits(tensors.y_with_margin[:, width:]), bits(before[:, width:])), name
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_products_between_shrink_and_expand_may_be_beyond_the_range_of_the_dtype(dtype: torch.dtype) -> None:
+    """Neighbouring tokens whose x A^T is far above 65,504, and some that is small: by MBGMM, in a tile of MBGMV, and alone."""
+    pool = Pool(LARGE, [40, 33, 16], dtype)
+    pool.adapters = [
+        LoraAdapter({module: replace(rows, scaling=rows.scaling / 16) for module, rows in adapter.modules.items()})
+        for adapter in pool.adapters
+    ]
+    adapter_index = [0] * 70 + [1] * 4 + [2, -1]
+    exponents = torch.tensor([14, -8, 3, 14, 14, -2] * 13, device="cuda")[: len(adapter_index), None]
+    ops = lora_ops(LARGE, dtype, torch.device("cuda"), MBGMM_FOR_FEW)
+    plan = ops.plan(adapter_index, pool.adapters)
+    ops.begin(plan)
+    for group in LARGE:
+        tensors = Tensors.random(group, len(adapter_index), dtype)
+        tensors.x.clamp_(-3, 3).mul_(2.0**exponents)
+        tensors.y.zero_()
+        expected = reference(tensors.y, tensors.x, pool, adapter_index, group)
+        add(ops, plan, pool, tensors, group)
+        errors = (tensors.y.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
+        assert (errors < TOLERANCES[dtype]).all(), errors
+
+
 def test_base_tokens_and_absent_modules_keep_every_bit() -> None:
     pool = Pool(SMALL, [16], torch.bfloat16)
     only_v = LoraAdapter({"v_proj": pool.adapters[0].modules["v_proj"]})
