@@ -13,8 +13,8 @@ from dataplane.runner.model_runner import ForwardModel
 class HostTimes:
     """Seconds of the host in one launch.
 
-    arrays: describing the step in arrays. upload: staging it and starting its copy. forward: plans of attention and LoRA, and the
-    launch of the model. sampling: the sampler's launch.
+    arrays: describing the step in arrays. upload: writing them side by side and starting their copy. forward: plans of attention
+    and LoRA, and the launch of the model. sampling: the sampler's launch.
     """
 
     arrays_s: float

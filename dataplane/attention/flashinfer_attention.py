@@ -11,14 +11,14 @@ import torch
 from dataplane.attention.flashinfer_decode_graphs import FlashInferDecodeGraphs
 from dataplane.attention.flashinfer_wrappers import WindowWrappers, Workspace
 from dataplane.attention.interface import AttentionBackend, AttentionPlan, AttentionShape, KvPages
+from dataplane.attention.packed_ints import PackedInts
 from dataplane.attention.read_pages import ReadPages
-from dataplane.attention.staged_ints import StagedInts
 from dataplane.flashinfer_library import import_flashinfer
 from dataplane.model.step_inputs import StepArrays, StepInputs
 
 # Rows whose numbers are held ready; a step of more makes its own.
 _MAX_NUMBERED_ROWS = 1 << 16
-_FIRST_STAGED_INTS = 1 << 16
+_FIRST_PACKED_INTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +122,7 @@ class _WindowCalls:
         self._wrappers = wrappers
         self._page_tokens = page_tokens
         self._window = window
-        self._staged = StagedInts(_FIRST_STAGED_INTS, device)
+        self._packed = PackedInts(_FIRST_PACKED_INTS, device)
         self._device = device
         self.decode = wrappers.decode()
         self.prefill = wrappers.prefill()
@@ -136,9 +136,9 @@ class _WindowCalls:
         prefill = (step.query_starts[n:] - n, pages.indptr[n:] - num_decode_pages, pages.last_page_lens[n:])
         arrays = (*decode, *prefill, pages.indices)
         num_ints = sum(map(len, arrays))
-        if num_ints > self._staged.size:
-            self._staged = StagedInts(2 * num_ints, self._device)
-        on_host, on_device = self._staged.send(*arrays)
+        if num_ints > self._packed.size:
+            self._packed = PackedInts(2 * num_ints, self._device)
+        on_host, on_device = self._packed.send(*arrays)
         if n:
             indptr, last_page_lens = on_host[:2]
             self._wrappers.plan_decode(self.decode, indptr, last_page_lens, on_host[-1][:num_decode_pages])

@@ -11,8 +11,8 @@ import torch
 
 from dataplane.attention.flashinfer_wrappers import WindowWrappers
 from dataplane.attention.interface import AttentionBackend, AttentionPlan, KvPages
+from dataplane.attention.packed_ints import PackedInts
 from dataplane.attention.read_pages import ReadPages
-from dataplane.attention.staged_ints import StagedInts
 from dataplane.model.step_inputs import StepInputs
 
 
@@ -44,7 +44,7 @@ class FlashInferDecodeGraphs(AttentionBackend):
         self._max_pages = max_pages
         self._padding_page = padding_page
         num_ints = 2 * max_rows + 1 + max_pages
-        self._staged = {window: StagedInts(num_ints, w.device) for window, w in wrappers.items()}
+        self._packed = {window: PackedInts(num_ints, w.device) for window, w in wrappers.items()}
         self._made: dict[int, dict[int | None, Any]] = {}
 
     def append(self, k: torch.Tensor, v: torch.Tensor, pages: KvPages, inputs: StepInputs) -> None:
@@ -61,7 +61,7 @@ class FlashInferDecodeGraphs(AttentionBackend):
         for window, wrappers in self._wrappers.items():
             pages = ReadPages.of(step, self._page_tokens, window).padded(num_rows, self._padding_page)
             arrays = (pages.indptr, pages.last_page_lens, pages.indices)
-            on_host, _ = self._staged[window].send(*arrays)
+            on_host, _ = self._packed[window].send(*arrays)
             wrappers.plan_decode(made[window], *on_host)
         return DecodeGraphPlan(q, out, made)
 
@@ -72,4 +72,4 @@ class FlashInferDecodeGraphs(AttentionBackend):
 
     def _make(self, num_rows: int) -> dict[int | None, Any]:
         lengths = (num_rows + 1, num_rows, self._max_pages)
-        return {window: self._wrappers[window].decode(staged.places(*lengths)) for window, staged in self._staged.items()}
+        return {window: self._wrappers[window].decode(packed.places(*lengths)) for window, packed in self._packed.items()}

@@ -9,7 +9,7 @@ from kernels.uploads import upload
 Tensors = tuple[torch.Tensor, ...]
 
 
-class StagedInts:
+class PackedInts:
     """Room for int32 arrays, on the device and side by side on the host."""
 
     def __init__(self, size: int, device: torch.device) -> None:

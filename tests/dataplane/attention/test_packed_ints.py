@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataplane.attention.staged_ints import StagedInts
+from dataplane.attention.packed_ints import PackedInts
 from dataplane.model.step_inputs import Ints
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -16,16 +16,16 @@ def _ints(*values: int) -> Ints:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_arrays_are_found_on_both_sides_and_where_they_were_said_to_lie(device: str) -> None:
-    staged = StagedInts(8, torch.device(device))
-    places = staged.places(3, 2, 3)
+    packed = PackedInts(8, torch.device(device))
+    places = packed.places(3, 2, 3)
     for arrays in ((_ints(1, 2, 3), _ints(4, 5), _ints(6, 7, 8)), (_ints(9, 8, 7), _ints(6, 5), _ints(4))):
-        on_host, on_device = staged.send(*arrays)
+        on_host, on_device = packed.send(*arrays)
         expected = [array.tolist() for array in arrays]
         assert [part.tolist() for part in on_host] == [part.tolist() for part in on_device] == expected
         assert [part.data_ptr() for part in on_device] == [place.data_ptr() for place in places]
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:
-    staged = StagedInts(3, torch.device("cpu"))
+    packed = PackedInts(3, torch.device("cpu"))
     with pytest.raises(AssertionError, match="4 integers in a step, room for 3"):
-        staged.send(_ints(1, 2), _ints(3, 4))
+        packed.send(_ints(1, 2), _ints(3, 4))
