@@ -328,6 +328,26 @@ def test_a_plan_tells_which_inputs_have_anything_added() -> None:
     assert [ops.plan([-1], [only_o]).changes(group) for group in SMALL] == [False, False]
 
 
+@pytest.mark.parametrize(
+    ("adapter_index", "launches", "num_launches"),
+    [
+        ([0] * 4, LoraLaunches.AS_NEEDED, 1),
+        ([0] * 5, LoraLaunches.AS_NEEDED, 1),
+        ([0] * 5 + [1], LoraLaunches.AS_NEEDED, 2),
+        ([0] * 4, LoraLaunches.MIXED, 2),
+    ],
+)
+def test_a_step_that_need_not_be_as_others_launches_what_it_has_work_for(
+    adapter_index: list[int], launches: LoraLaunches, num_launches: int
+) -> None:
+    pool = Pool(SMALL, [4, 4], torch.bfloat16)
+    ops = CudaLoraOps(SMALL, torch.bfloat16, torch.device("cuda"), MBGMM_FOR_FEW)
+    plan = ops.plan(adapter_index, pool.adapters, launches)
+    ops.begin(plan)
+    add(ops, plan, pool, Tensors.random(SMALL[0], len(adapter_index), torch.bfloat16), SMALL[0])
+    assert plan.num_launches == num_launches
+
+
 def test_what_the_kernels_cannot_take_is_caught_at_the_door() -> None:
     pool = Pool(SMALL, [4], torch.bfloat16)
     ops = lora_ops(SMALL, torch.bfloat16, torch.device("cuda"), LIMITS)
