@@ -5,7 +5,7 @@ from typing import Any
 
 Claim = dict[str, Any]
 
-MAX_FLOOR_RATIO = 1.25
+MAX_ESTIMATE_RATIO = 1.25
 # A step of half a batch with adapters and half without, over what its halves take: within what two runs of the same differ by.
 MAX_MIXED_EXCESS = 0.02
 MAX_DISABLED_RATIO = 1.01
@@ -26,7 +26,7 @@ def _claims(measured: dict[str, Any]) -> Iterator[Claim]:
         if limit is not None:
             yield _claim(f"{row['batch']} requests, {row['adapters']}: step over the base model's", row["times_base"], limit)
         if not row["num_adapters"]:
-            yield _claim(f"{row['batch']} base-only requests: step over its floor", row["times_floor"], MAX_FLOOR_RATIO)
+            yield _claim(f"{row['batch']} base-only requests: step over the estimate", row["times_floor"], MAX_ESTIMATE_RATIO)
     if "mixed_batch" in measured:
         row = measured["mixed_batch"]
         what = f"{row['requests']} requests, half base-only: step over that of the half with adapters and more base-only rows"

@@ -10,17 +10,23 @@ Json = dict[str, Any]
 STEPS = """## A step of the engine
 
 Decoding requests of {context} tokens, {dtype}, {shape} shape with adapters on q, k, v and o; random weights. A step is packed,
-launched and sampled as in the service, one ahead of the device. */ base*: over the same batch without adapters, measured before
-and after in the same run. *LoRA*: its kernels alone. *host*: what the host does in a step; while that is below the step, the
-device is the bound. Milliseconds, medians.
+launched and sampled as in the service, one ahead of the device. *step / base*: over the same batch without adapters, measured
+before and after in the same run. *LoRA*: its kernels alone. *host*: what the host does in a step; while that is below the step,
+the device is the bound. Milliseconds, medians.
 """
 
-PARTS = """Where the time of base-only steps goes. *GEMM* and *attention*: alone, each as one CUDA graph. *other*: norms,
-rotary positions, activations and gaps. *beside*: what a step takes beyond the model itself. *floor*: GEMM, and the bytes of
-attention at {floor_tb_per_s} TB/s.
+PARTS = """Where the time of base-only steps goes. *GEMM* (all matrix products) and *attention*: alone, each as one CUDA graph.
+*other*: norms, rotary positions, activations and gaps. *beside*: the step less the model's own time. *launch*: what the host
+takes to launch a step, while the device computes another. *estimate*: GEMM, and all keys and values read at {floor_tb_per_s} TB/s,
+about what a plain kernel reaches; *TB/s* is what attention reaches.
+
+The estimate is no bound: a step over it may be below 1. Attention over a large batch reads faster than that; and the parts are
+timed on the last step that was measured, whose requests are some tokens longer than those of the median step. For the second
+reason *beside* may be negative.
 """
 
-PROMPTS = """Steps in which a prompt joins the requests that decode, and one prompt alone.
+PROMPTS = """Steps in which a prompt joins requests that decode, and one prompt alone: M + N tokens are one token for each of M
+requests, and N of a prompt. *host waits*: the share of a step in which the host waits for the device.
 """
 
 HOST = """The host in a step of {who}, {adapters}: {host_ms:.2f} ms, of which packing {pack_ms:.2f}, describing the step in arrays
@@ -39,8 +45,8 @@ STREAMING = """While adapters of rank {loaded_rank} are loaded without a pause, 
 WIDE = """{wide_shape} shape, {batch} requests of as many adapters on all seven linear modules, ranks {ranks}.
 """
 
-WIDE_LORA = """The adapters have {gigabytes:.1f} GB of weights, each read once a step: {floor_ms:.2f} ms at {tb_per_s} TB/s.
-Their kernels alone take {lora_ms:.2f} ms, {times_floor:.2f} times that, and add {added_ms:.2f} ms to the step{overlap}.
+WIDE_LORA = """The adapters have {gigabytes:.1f} GB of weights, each read once a step: {read_ms:.2f} ms at {tb_per_s} TB/s.
+Their kernels alone take {lora_ms:.2f} ms, {times_read:.2f} times that, and add {added_ms:.2f} ms to the step{overlap}.
 {largest} the largest part, {share:.0%} of the step."""
 
 
@@ -79,7 +85,7 @@ def _decode(rows: list[Json]) -> list[str]:
         ]
         for row in rows
     ]
-    return table(["", "step", "/ base", "tokens/s", "LoRA", "host"], body)
+    return table(["", "step", "step / base", "tokens/s", "LoRA", "host"], body)
 
 
 def _parts(rows: list[Json]) -> list[str]:
@@ -93,8 +99,12 @@ def _parts(rows: list[Json]) -> list[str]:
         "floor_ms",
         "times_floor",
     )
-    body = [[_requests(row), *(f"{row[name]:.2f}" for name in columns)] for row in rows if not row["num_adapters"]]
-    return table(["", "step", "GEMM", "attention", "other", "beside", "launch (host)", "floor", "/ floor"], body)
+    body = [
+        [_requests(row), *(f"{row[name]:.2f}" for name in columns), f"{row['attention_bytes'] / row['attention_ms'] / 1e9:.2f}"]
+        for row in rows
+        if not row["num_adapters"]
+    ]
+    return table(["", "step", "GEMM", "attention", "other", "beside", "launch", "estimate", "step / estimate", "TB/s"], body)
 
 
 def _mixed_batch(row: Json) -> str:
@@ -128,7 +138,7 @@ def _wide(result: Json) -> list[str]:
     ranks = lora["adapters"].partition("ranks ")[2]
     columns = ("step_ms", "times_base", "gemm_ms", "attention_ms", "lora_ms", "other_device_ms", "beside_forward_ms", "host_ms")
     body = [[row["adapters"], *(f"{row[name]:.2f}" for name in columns)] for row in (base, lora)]
-    head = ["adapters", "step", "/ base", "GEMM", "attention", "LoRA", "other", "beside", "host"]
+    head = ["adapters", "step", "step / base", "GEMM", "attention", "LoRA", "other", "beside", "host"]
     return [
         WIDE.format(**result, batch=lora["batch"], ranks=ranks),
         *table(head, body),
@@ -139,7 +149,7 @@ def _wide(result: Json) -> list[str]:
 
 def explain_wide(base: Json, lora: Json, tb_per_s: float) -> str:
     """In words: what the adapters cost, and why."""
-    floor_ms = lora["lora_bytes"] / tb_per_s / 1e9
+    read_ms = lora["lora_bytes"] / tb_per_s / 1e9
     added_ms = lora["step_ms"] - base["step_ms"]
     hidden_ms = lora["lora_ms"] - added_ms
     overlap = ""
@@ -150,10 +160,10 @@ def explain_wide(base: Json, lora: Json, tb_per_s: float) -> str:
     largest = max(_PART_NAMES, key=lambda part: float(lora[part]))
     return WIDE_LORA.format(
         gigabytes=lora["lora_bytes"] / 1e9,
-        floor_ms=floor_ms,
+        read_ms=read_ms,
         tb_per_s=tb_per_s,
         lora_ms=lora["lora_ms"],
-        times_floor=lora["lora_ms"] / floor_ms,
+        times_read=lora["lora_ms"] / read_ms,
         added_ms=added_ms,
         overlap=overlap,
         largest=_PART_NAMES[largest],

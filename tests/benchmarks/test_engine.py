@@ -26,7 +26,11 @@ def test_every_section_is_measured_and_reported(tmp_path: Path) -> None:
     # 4 adapters of ranks 1 to 4 on all modules of 2 layers: 8 times 64, 64 times 64 + 32 twice, 64 + 160 three times.
     assert result["wide"][1]["lora_bytes"] == 4 * 2 * (1 + 2 + 3 + 4) * (2 * 128 + 2 * 96 + 3 * 224)
     report.write_page(tmp_path, tmp_path / "performance.md")
-    assert "## A step of the engine" in (tmp_path / "performance.md").read_text()
+    page = (tmp_path / "performance.md").read_text()
+    assert "## A step of the engine" in page and "no bound" in page
+    base = result["decode"][0]
+    row = next(line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| 1 request |"))
+    assert row[-2:] == [f"{base['times_floor']:.2f}", f"{base['attention_bytes'] / base['attention_ms'] / 1e9:.2f}"]
 
 
 def test_loading_beside_steps_is_told_in_words() -> None:
