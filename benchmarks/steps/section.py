@@ -17,7 +17,7 @@ the device is the bound. Milliseconds, medians.
 
 PARTS = """Where the time of base-only steps goes. *GEMM* (all matrix products) and *attention*: alone, each as one CUDA graph.
 *other*: norms, rotary positions, activations and gaps. *beside*: the step less the model's own time. *launch*: what the host
-takes to launch a step, while the device computes another. *estimate*: GEMM, and all keys and values read at {floor_tb_per_s} TB/s,
+takes to launch a step, while the device computes another. *estimate*: GEMM, and keys and values read at {floor_tb_per_s} TB/s,
 about what a plain kernel reaches; *TB/s* is what attention reaches.
 
 The estimate is no bound: a step over it may be below 1. Attention over a large batch reads faster than that; and the parts are
