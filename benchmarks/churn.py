@@ -1,4 +1,4 @@
-"""A soak of the whole service: a pool that KV and adapters fill to the last page, several hundred adapters that come and go.
+"""A soak of the whole service: a pool that KV and adapters fill, now and then to the last page, and adapters that come and go.
 
 Ends with the books of the engine checked, and compares requests with what they answer alone. In float32 the tokens must be the
 same; in half precision a first token that differs must be one about which base-only runs of two batch sizes differ as much.
