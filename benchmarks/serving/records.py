@@ -15,14 +15,15 @@ def by_setting(results: Mapping[str, Json]) -> dict[str, list[Json]]:
     """By setting, one result for each system, ours first. Results of one system are taken together: their runs are its runs.
 
     A run without the base model beside it, which rates were shares of, is not shown again if an earlier result has the same.
+    `result` of a run is the name of its result: what is compared closely must be of one.
     """
     found: dict[str, dict[str, Json]] = {}
-    for _, result in sorted(results.items()):
+    for name, result in sorted(results.items()):
         systems = found.setdefault(setting_of(result), {})
         merged = _merge_repeated(result["runs"])
         base = base_rate(merged)
         # Beside the base model of the same result alone, whatever else there is.
-        of_base = [{**run, "of_base": run["requests_per_s"] / base if base else None} for run in merged]
+        of_base = [{**run, "result": name, "of_base": run["requests_per_s"] / base if base else None} for run in merged]
         known = systems.setdefault(result["system"], {**result, "runs": []})
         seen = set(map(_identity, known["runs"]))
         known["runs"] = [*known["runs"], *(run for run in of_base if base or _identity(run) not in seen)]

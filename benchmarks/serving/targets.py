@@ -1,6 +1,6 @@
 """The part of the report that judges: what the service is held against end to end, and what vLLM reached under the same loads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.markdown import cell, table
@@ -11,6 +11,9 @@ HEAD = """Ours through the API beside vLLM 0.24.0 in its own process (`LLM.gener
 sequences) on the same kind of GPU under the same loads, and what ours is held against. vLLM's figures were measured once,
 elsewhere and without the API in between: no result file holds them. A fixed load of 64x128x256 is 64 requests at once, each of
 128 tokens in and 256 out, adapters dealt in turn:
+"""
+
+LIMITS_HEAD = """Ratios of two runs of ours, one after the other in one start, and what they are held against:
 """
 
 
@@ -52,12 +55,19 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A ratio of two figures of ours in one setting. measure: None where it was not measured."""
+    """A ratio of two figures of ours in one setting. figure: in words. measure: None where it was not measured."""
 
-    what: str
+    setting: str
+    num_adapters: int
+    figure: str
     limit: float
     is_least: bool
     measure: Callable[[Json], float | None]
+
+    @property
+    def what(self) -> str:
+        """The ratio in words."""
+        return f"{self.setting}, {who(self.num_adapters)}: {self.figure}"
 
     def holds(self, value: float) -> bool:
         """Whether a value is within it."""
@@ -65,9 +75,13 @@ class Limit:
 
 
 def _saturated_ratio(num_adapters: int, other: int) -> Callable[[Json], float | None]:
+    """Where several results have both, the least."""
+
     def measure(result: Json) -> float | None:
-        rates = {run["num_adapters"]: run["requests_per_s"] for run in runs_of(result, "saturated")}
-        return rates[num_adapters] / rates[other] if rates.get(num_adapters) and rates.get(other) else None
+        rates: dict[str, dict[int, float]] = {}
+        for run in filter(_is_full, runs_of(result, "saturated")):
+            rates.setdefault(run["result"], {})[run["num_adapters"]] = run["requests_per_s"]
+        return min(_ratios(rates.values(), num_adapters, other), default=None)
 
     return measure
 
@@ -76,26 +90,36 @@ def _ttft_ratio(num_adapters: int, other: int) -> Callable[[Json], float | None]
     """At the rate at which it is the largest."""
 
     def measure(result: Json) -> float | None:
-        ttft: dict[tuple[float, float], dict[int, float]] = {}
+        ttft: dict[tuple[str, float, float], dict[int, float]] = {}
         for run in runs_of(result, "open_loop"):
             if run["ttft_s"]:
-                ttft.setdefault((run["rate"], run["cv"]), {})[run["num_adapters"]] = run["ttft_s"]["p50"]
-        ratios = [at_rate[num_adapters] / at_rate[other] for at_rate in ttft.values() if {num_adapters, other} <= set(at_rate)]
-        return max(ratios, default=None)
+                ttft.setdefault((run["result"], run["rate"], run["cv"]), {})[run["num_adapters"]] = run["ttft_s"]["p50"]
+        return max(_ratios(ttft.values(), num_adapters, other), default=None)
 
     return measure
 
 
+def _ratios(figures: Iterable[Mapping[int, float]], num_adapters: int, other: int) -> list[float]:
+    """figures: by number of adapters, of runs that may be compared."""
+    return [of[num_adapters] / of[other] for of in figures if num_adapters in of and of.get(other)]
+
+
 LIMITS = (
-    Limit("S1, 1,000 adapters: saturated throughput, of the base model's", 0.9, True, _saturated_ratio(1000, 0)),
-    Limit("S1, 2,000 adapters: saturated throughput, of that with 1,000", 0.97, True, _saturated_ratio(2000, 1000)),
-    Limit("S1, 1,000 adapters: median time to first token, over that with 5 at the same rate", 1.3, False, _ttft_ratio(1000, 5)),
+    Limit("S1", 1000, "saturated throughput, of the base model's", 0.9, True, _saturated_ratio(1000, 0)),
+    Limit("S1", 2000, "saturated throughput, of that with 1,000", 0.97, True, _saturated_ratio(2000, 1000)),
+    Limit(
+        "S1",
+        1000,
+        "median time to first token, over that with 5 at the same rate, at the worst of all rates",
+        1.3,
+        False,
+        _ttft_ratio(1000, 5),
+    ),
 )
 
 
 def targets_section(settings: Mapping[str, Sequence[Json]]) -> list[str]:
     """Those that results decide; nothing where none do."""
-    found = [(target, value) for target in TARGETS if (value := _reached(target, settings)) is not None]
     rows = [
         [
             target.what,
@@ -104,36 +128,35 @@ def targets_section(settings: Mapping[str, Sequence[Json]]) -> list[str]:
             f"{value / target.vllm:.1f}",
             cell(target.target, ",d") + ("; missed" if target.target is not None and value < target.target else ""),
         ]
-        for target, value in found
+        for target in TARGETS
+        if (value := _reached(target, settings)) is not None
     ]
     limits = [
         f"- {limit.what}: {value:.3f} ({'at least' if limit.is_least else 'at most'} {limit.limit:g}"
         f"{'' if limit.holds(value) else '; missed'})"
-        for limit, value in _limit_values(settings)
+        for limit in LIMITS
+        for result in _ours(limit.setting, settings)
+        if (value := limit.measure(result)) is not None
     ]
-    if not rows and not limits:
-        return []
-    return [HEAD, *table(["", "vLLM", "ours", "times vLLM", "at least"], rows), "", *limits, ""]
+    return [
+        *([HEAD, *table(["", "vLLM", "ours", "times vLLM", "at least"], rows), ""] if rows else []),
+        *([LIMITS_HEAD, *limits, ""] if limits else []),
+    ]
 
 
 def _reached(target: Target, settings: Mapping[str, Sequence[Json]]) -> float | None:
     """What ours did under that load, if that was measured."""
-    for result in settings.get(target.setting, ()):
+    for result in _ours(target.setting, settings):
         for run in runs_of(result, "fixed" if target.fixed else "saturated"):
             is_same = run.get("fixed") == target.fixed if target.fixed else _is_full(run)
-            if result["system"] == OURS and run["num_adapters"] == target.num_adapters and is_same:
+            if run["num_adapters"] == target.num_adapters and is_same:
                 figure: float = run[target.figure]
                 return figure
     return None
 
 
-def _limit_values(settings: Mapping[str, Sequence[Json]]) -> Iterator[tuple[Limit, float]]:
-    """The limits that results decide, and what they say."""
-    for limit in LIMITS:
-        for result in settings.get(limit.what.partition(",")[0], ()):
-            value = limit.measure(result) if result["system"] == OURS else None
-            if value is not None:
-                yield limit, value
+def _ours(setting: str, settings: Mapping[str, Sequence[Json]]) -> list[Json]:
+    return [result for result in settings.get(setting, ()) if result["system"] == OURS]
 
 
 def _is_full(run: Json) -> bool:

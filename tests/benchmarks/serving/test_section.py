@@ -82,10 +82,29 @@ def test_what_was_measured_stands_beside_what_was_aimed_at(fabricated: Any, tmp_
     assert row_of(page, "S1, 1,000 adapters: saturated, requests/s") == ["4.3", "32.5", "7.6", "30"]
     assert row_of(page, "S2, 8 adapters: fixed load 64x128x256, tokens/s") == ["3,590", "9,100", "2.5", "8,500"]
     assert "- S1, 1,000 adapters: saturated throughput, of the base model's: 0.956 (at least 0.9)" in page
-    assert "over that with 5 at the same rate: 1.331 (at most 1.3; missed)" in page
+    assert "over that with 5 at the same rate, at the worst of all rates: 1.331 (at most 1.3; missed)" in page
     # A shorter trace is another load.
     short = fabricated.result("loraplane", "S1", [fabricated.run(1000, 90.0, num_requests=50)])
     assert "vLLM" not in report({"serving_loraplane_S1": short}, tmp_path)
+
+
+def test_limits_that_no_run_of_vllm_stands_beside_have_no_table(fabricated: Any, tmp_path: Path) -> None:
+    at_rate = [
+        fabricated.run(n, 14.0, kind="open_loop", rate=15.0, cv=1.0, ttft_s=fabricated.spread(ttft))
+        for n, ttft in ((5, 0.02), (1000, 0.025))
+    ]
+    page = report({"serving_loraplane_S1": fabricated.result("loraplane", "S1", at_rate)}, tmp_path)
+    assert "at the worst of all rates: 1.250 (at most 1.3)" in page
+    assert "vLLM" not in page
+
+
+def test_a_limit_compares_runs_of_one_result_alone(fabricated: Any, tmp_path: Path) -> None:
+    run, result = fabricated.run, fabricated.result
+    results = {
+        "serving_loraplane_S1": result("loraplane", "S1", [run(0, 40.0), run(1000, 38.0)]),
+        "serving_loraplane_S1_more": result("loraplane", "S1", [run(0, 50.0), run(5, 49.0)]),
+    }
+    assert "- S1, 1,000 adapters: saturated throughput, of the base model's: 0.950 (at least 0.9)" in report(results, tmp_path)
 
 
 def test_runs_of_one_system_in_two_files_are_taken_together(fabricated: Any, tmp_path: Path) -> None:
