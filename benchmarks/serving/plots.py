@@ -65,10 +65,11 @@ def plot_adapters(setting: str, results: Sequence[Json], docs: Path) -> str | No
     with _figure(docs / file, 2 if latencies else 1) as panels:
         axes = panels[0]
         for number, (system, points) in enumerate(curves):
-            axes.plot(list(points), list(points.values()), label=system, **_look(number))
+            # The first before those that lie upon it.
+            axes.plot(list(points), list(points.values()), label=system, zorder=3 - 0.1 * number, **_look(number))
         base = base_rate(results[0]["runs"])
         if base:
-            axes.axhline(base, color=GREY, linestyle="--", linewidth=1, label="base model")
+            axes.axhline(base, color=GREY, linestyle="--", linewidth=1, label=f"{results[0]['system']}, base model")
         _label_points(axes, curves[0][1], ".1f")
         _from_zero(axes)
         axes.set(title=f"{setting}: throughput, saturated", ylabel="requests/s")

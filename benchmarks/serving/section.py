@@ -6,43 +6,52 @@ from pathlib import Path
 from benchmarks.markdown import cell, table
 from benchmarks.serving import plots
 from benchmarks.serving.records import Json, by_setting, describe, runs_of, setting_of, who
+from benchmarks.serving.systems import about_system
 from benchmarks.serving.targets import targets_section
 
 HEAD = """## Serving under load
 
 The workload of the S-LoRA paper's evaluation through the public API: prompts and outputs of 8 to 511 tokens, adapters of
-uniform popularity, random weights. [benchmarks.md](benchmarks.md) says how it is measured and how to measure it again.
-Requests come all at once (*saturated*) or at a rate; cv is the coefficient of variation of the times between them (1 is
-Poisson). Latencies count from the time at which a request was planned: TTFT to the first token, E2E to the end; ITL are the
-gaps between tokens at their arrival. *SLO* is the share of requests with a first token within 6 s, *satisfaction* the
-paper's. *of base* compares with the base model alone in the same run. *on device* is how many adapters were there before the
-run: registered ones are brought there while the pool has pages to spare, unless that is turned off; *adapter wait* is how long
-a request in the batch then waited for its own.
+uniform popularity, random weights. [benchmarks.md](benchmarks.md) says how it is measured and how to measure it again. Requests
+come all at once (*saturated*) or at a rate. In the tables
 
-Of the time: *engine* is the share spent in steps (waiting for the device is part of one), *GPU* that in which a kernel ran, as
-the driver samples it; processor time is in cores, of control plane, data plane and the busiest client process; *late* is how
-long after its planned time a request was sent, p99.
+- *req/s* and *tokens/s* are completed requests and their output tokens over all the time until the last stream ended. Towards
+  the end the batch empties, so a short run shows less than the service could go on doing.
+- *of base* is req/s as a share of the base model's in the same result.
+- *TTFT* is the time to the first token, *E2E* that to the last; both count from when a request was planned, not from when it was
+  sent. *ITL* are the gaps between tokens at their arrival. Pairs are p50 / p99.
+- *on device* is how many adapters were there before the run: registered ones are brought there while the pool has pages to
+  spare, unless that is turned off. *hits* is the share of requests whose adapter was there when they could join the batch, of
+  those with an adapter, and *adapter wait* how long a request then waited for its own.
+- *SLO* is the share of requests with a first token within 6 s, *satisfaction* the paper's: 1 - (TTFT / 6 s)², 0 beyond. *cv* is
+  the coefficient of variation of the times between arrivals (1 is Poisson, more comes in bursts).
 """
 
 OVERHEAD = """![Throughput with adapters as a share of the base model's]({plot})
 """
 
-SATURATED = """All requests at once; pairs are p50 / p99:
+SATURATED = """All requests at once:
+"""
+
+SYSTEMS = """What is compared. *of {ours}* is req/s as a share of what {ours} does with the same adapters and requests: in another
+run, on the machine that is named below, so a few percent may be the runs' own.
 """
 
 REPEATED = """Runs that were repeated are shown by the one in the middle; req/s of the slowest and the fastest: {spreads}.
 """
 
-FIXED = """So many requests at once, all of the same lengths, adapters dealt in turn:
+FIXED = """So many requests at once, all of the same lengths: 64x128x256 are 64 requests of 128 tokens in and 256 out, adapters
+dealt in turn. *sent* is when the last of them was sent, *s* when the last stream had ended. tokens/s counts all of that time,
+in which the prompts are computed too. What was repeated is shown by the run in the middle:
 """
 
-COMPARED = """Requests/s of other systems under the same requests; in brackets, how many times that {ours} reaches:
+OPEN_LOOP = """Arrivals at a rate, in brackets the share of the lowest saturated one with adapters. *req/s* is below the rate even
+where nothing queues, as the time in which the last requests come to their end counts too, and more so the shorter the run:
 """
 
-OPEN_LOOP = """Arrivals at a rate, in brackets the share of the lowest saturated one with adapters; pairs are p50 / p99:
-"""
-
-WHERE = """Where the time goes when saturated:
+WHERE = """Where the time goes when saturated. *engine*: the share of the time that it spends in steps; waiting for the device is
+part of one. *GPU*: the share in which a kernel ran, as the driver samples it. The next three are processor time in cores;
+*client* is the busiest of the client processes. *late*: how long after its planned time a request was sent, p99:
 """
 
 MEMORY = """The page pool with {name}:
@@ -67,13 +76,14 @@ def serving_section(results: Mapping[str, Json], docs: Path, source: Callable[[s
 
 def _setting(setting: str, results: Sequence[Json], docs: Path) -> list[str]:
     first = results[0]
-    ranks = f", ranks {', '.join(map(str, first['ranks']))}" if first["ranks"] else ""
+    plural = "s" if len(first["ranks"]) > 1 else ""
+    ranks = f", rank{plural} {', '.join(map(str, first['ranks']))}" if first["ranks"] else ""
     modules = ", ".join(name.removesuffix("_proj") for name in first["modules"])
     lines = [f"### {setting}: {first['model']}{ranks}" + (f" on {modules}" if modules else ""), ""]
     if any(runs_of(result, "saturated") for result in results):
         lines += [SATURATED, *_saturated(results), "", *_repeated(results)]
         if len(results) > 1:
-            lines += [COMPARED.format(ours=first["system"]), *_compared(results), ""]
+            lines += [SYSTEMS.format(ours=first["system"]), *map(about_system, results), ""]
     lines += _image("Throughput and latency over the number of adapters", plots.plot_adapters(setting, results, docs))
     if any(runs_of(result, "fixed") for result in results):
         lines += [FIXED, *_fixed(results), ""]
@@ -87,23 +97,32 @@ def _setting(setting: str, results: Sequence[Json], docs: Path) -> list[str]:
 
 
 def _saturated(results: Sequence[Json]) -> list[str]:
-    rows = [
-        [
-            _name(result, run),
-            f"{run['requests_per_s']:.2f}",
-            cell(run["of_base"] if run["num_adapters"] else None, ".3f"),
-            f"{run['output_tokens_per_s']:,.0f}",
-            _pair(run["e2e_s"], 1, 1),
-            _pair(run["ttft_s"], 1, 2),
-            _pair(run["itl_s"], 1e3, 1),
-            _on_device(run),
-            _adapter_wait(run),
-            f"{run['num_completed']} of {run['num_requests']}",
-        ]
-        for result in results
-        for run in runs_of(result, "saturated")
-    ]
-    head = ["", "req/s", "of base", "tokens/s", "E2E, s", "TTFT, s", "ITL, ms", "on device", "adapter wait, ms", "done"]
+    ours = results[0]
+    # By adapters and requests: how many come at once decides the throughput too.
+    reached = {(run["num_adapters"], run["num_requests"]): run["requests_per_s"] for run in runs_of(ours, "saturated")}
+    rows = []
+    for result in results:
+        for run in runs_of(result, "saturated"):
+            known = reached.get((run["num_adapters"], run["num_requests"])) if result is not ours else None
+            rows.append(
+                [
+                    _name(result, run),
+                    f"{run['requests_per_s']:.2f}",
+                    cell(run["of_base"] if run["num_adapters"] else None, ".3f"),
+                    *([cell(run["requests_per_s"] / known if known else None, ".2f")] if len(results) > 1 else []),
+                    f"{run['output_tokens_per_s']:,.0f}",
+                    _pair(run["e2e_s"], 1, 1),
+                    _pair(run["ttft_s"], 1, 2),
+                    _pair(run["itl_s"], 1e3, 1),
+                    _on_device(run),
+                    cell(run["server"].get("adapter_hit_rate"), ".2f"),
+                    _adapter_wait(run),
+                    _done(run),
+                ]
+            )
+    compared = [f"of {ours['system']}"] if len(results) > 1 else []
+    latencies = ["E2E, s", "TTFT, s", "ITL, ms"]
+    head = ["", "req/s", "of base", *compared, "tokens/s", *latencies, "on device", "hits", "adapter wait, ms", "done"]
     return table(head, rows)
 
 
@@ -124,34 +143,14 @@ def _fixed(results: Sequence[Json]) -> list[str]:
             f"{run['output_tokens_per_s']:,.0f}",
             _pair(run["ttft_s"], 1e3, 0),
             _pair(run["itl_s"], 1e3, 1),
+            f"{run['late_s']['max'] * 1e3:.0f}",
             f"{run['wall_s']:.2f}",
             str(len(run["repeats"])),
         ]
         for result in results
         for run in runs_of(result, "fixed")
     ]
-    return table(["", "tokens/s", "TTFT, ms", "ITL, ms", "s", "repeats"], rows)
-
-
-def _compared(results: Sequence[Json]) -> list[str]:
-    """By the number of adapters and of requests: how many come at once decides the throughput too."""
-    systems = [
-        {(run["num_adapters"], run["num_requests"]): run["requests_per_s"] for run in runs_of(result, "saturated")}
-        for result in results
-    ]
-    ours, others = systems[0], systems[1:]
-
-    def compare(system: Mapping[tuple[int, int], float], load: tuple[int, int]) -> str:
-        rate = system.get(load)
-        if not rate:
-            return ""
-        return f"{rate:.2f} ({ours[load] / rate:.1f})" if load in ours else f"{rate:.2f}"
-
-    rows = [
-        [f"{who(load[0])}, {load[1]} requests", cell(ours.get(load), ".2f"), *(compare(system, load) for system in others)]
-        for load in sorted({load for system in systems for load in system})
-    ]
-    return table(["", *(result["system"] for result in results)], rows)
+    return table(["", "tokens/s", "TTFT, ms", "ITL, ms", "sent, ms", "s", "repeats"], rows)
 
 
 def _open_loop(results: Sequence[Json]) -> list[str]:
@@ -170,10 +169,13 @@ def _open_loop(results: Sequence[Json]) -> list[str]:
                     _pair(run["e2e_s"], 1, 1),
                     f"{run['slo_attainment']:.3f}",
                     f"{run['satisfaction']:.3f}",
+                    cell(run["server"].get("adapter_hit_rate"), ".2f"),
                     _adapter_wait(run),
+                    _done(run),
                 ]
             )
-    head = ["", "req/s asked", "cv", "done", "TTFT, ms", "ITL, ms", "E2E, s", "SLO", "satisfaction", "adapter wait, ms"]
+    latencies = ["TTFT, ms", "ITL, ms", "E2E, s"]
+    head = ["", "req/s asked", "cv", "req/s", *latencies, "SLO", "satisfaction", "hits", "adapter wait, ms", "done"]
     return table(head, rows)
 
 
@@ -182,20 +184,20 @@ def _where(results: Sequence[Json]) -> list[str]:
     for result in results:
         for run in (run for run in runs_of(result, "saturated") if run.get("load")):
             cpu, wall_s, load = run["cpu_s"], run["wall_s"], run["load"]
-            cores = [cpu.get("control_plane"), cpu.get("data_plane"), max(cpu["clients"], default=None)]
+            cpu_s = [cpu.get("control_plane"), cpu.get("data_plane"), max(cpu["clients"], default=None)]
             rows.append(
                 [
                     _name(result, run),
                     f"{load['mean_step_s'] * 1e3:.2f}",
                     f"{load['engine_busy_share']:.2f}",
                     cell(run["gpu_busy_share"], ".2f"),
-                    *(cell(None if spent is None else spent / wall_s, ".2f") for spent in cores),
+                    *(cell(None if spent is None else spent / wall_s, ".2f") for spent in cpu_s),
                     f"{run['tokens_per_message']:.2f}",
                     f"{run['late_s']['p99'] * 1e3:.0f}",
                 ]
             )
-    head = ["", "ms/step", "engine", "GPU", "control plane", "data plane", "client", "tokens/message", "late, ms"]
-    return table(head, rows)
+    cores = ["control plane", "data plane", "client"]
+    return table(["", "ms/step", "engine", "GPU", *cores, "tokens/message", "late, ms"], rows)
 
 
 def _overhead(result: Json) -> dict[int, float]:
@@ -210,6 +212,10 @@ def _name(result: Json, run: Json) -> str:
 
 def _pair(spread: Mapping[str, float], factor: float, digits: int) -> str:
     return f"{spread['p50'] * factor:,.{digits}f} / {spread['p99'] * factor:,.{digits}f}" if spread else ""
+
+
+def _done(run: Json) -> str:
+    return f"{run['num_completed']} of {run['num_requests']}"
 
 
 def _on_device(run: Json) -> str:

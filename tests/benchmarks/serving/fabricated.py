@@ -42,7 +42,7 @@ def run(num_adapters: int, requests_per_s: float, *, load: bool = True, **fields
         "slo_attainment": 0.9,
         "satisfaction": 0.8,
         "errors": {},
-        "server": {"adapter_wait_s": spread(0.0004) if num_adapters else {}},
+        "server": {"adapter_wait_s": spread(0.0004), "adapter_hit_rate": 0.75} if num_adapters else {"adapter_wait_s": {}},
         **fields,
     }
     if load:
@@ -65,6 +65,7 @@ def result(system: str, setting: str, runs: list[Json]) -> Json:
         "model": "llama-7b",
         "ranks": [64, 32, 16, 8],
         "modules": ["q_proj", "v_proj"],
+        "data_plane": "dataplane --host-cache-bytes 4294967296",
         "pool": {"num_pages": 9000, "page_tokens": 16, "page_bytes": 8 << 20},
         "runs": runs,
     }
