@@ -25,23 +25,24 @@ which commit its numbers come. Ratios compare what ran in one and the same run, 
 CONTROL_PLANE = """## The control plane
 
 {streams} streams from one client, a data plane that computes nothing and speaks the real protocol, and beside it a bare gRPC
-streaming echo with the same client. Client, control plane and data plane share the cores of the machine. The latency is from
-the step that made a token to its arrival at the client, with a token for each stream made at the same moment, every
+streaming echo with the same client. The echo sends a message for each token; the service does so as long as it keeps up, and then
+puts several tokens of a stream in one message. Client, control plane and data plane share the cores of the machine. The latency
+is from the step that made a token to its arrival at the client, with a token for each stream made at the same moment, every
 {latency_step_ms:g} ms.
 """
 
 SCHEDULING = (
-    "Scheduling takes {p50_ms:.2f} ms a report (p99 {p99_ms:.2f}), {num_running} requests running and {num_waiting} waiting."
+    "Scheduling takes {p50_ms:.2f} ms for each step's report (p99 {p99_ms:.2f}), {num_running} requests running and "
+    "{num_waiting:,} waiting."
 )
-
 
 REGISTRATION = """## Registering adapters
 
-{count} adapters of random weights, {image_mib:.0f} MiB each ({shape}, ranks {rank_list}), {concurrency} calls at a time through
-the admin RPC; each image is made, hashed, written to the store and synced: {adapters_per_s:.0f} a second, {mib_per_s:,.0f} MiB/s.
-A call takes {call_p50_ms:.0f} ms, p99 {call_p99_ms:.0f}. In one thread, making and hashing an image takes
-{make_and_hash:.0f} ms, writing it {write_and_sync:.0f}.
-"""
+{count:,} adapters for a {shape} shape, {ranks_named}, {image_mib:.0f} MiB each, {concurrency} calls at a time through the admin
+RPC. The control plane draws the weights of each from its seed, packs and hashes them, and writes the image to a file and through
+to the disk: {adapters_per_s:.0f} adapters a second, {mib_per_s:,.0f} MiB/s. A call takes {call_p50_ms:.0f} ms, p99
+{call_p99_ms:.0f}. Of an adapter alone, in one thread, drawing, packing and hashing take {make_and_hash:.0f} ms and writing
+{write_and_sync:.0f}."""
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def write_page(results: Path, page: Path) -> None:
 def _control_plane(result: dict[str, Any]) -> list[str]:
     pairs = [
         ("messages/s, one token each", "messages_per_s", "echo", "service_unmerged"),
-        ("tokens/s, merged as the load asks", "tokens_per_s", "echo", "service_merging"),
+        ("tokens/s, as many in a message as there are", "tokens_per_s", "echo", "service_merging"),
         ("latency of a token, p50, ms", "latency_p50_ms", "echo_latency", "service_latency"),
         ("latency of a token, p99, ms", "latency_p99_ms", "echo_latency", "service_latency"),
     ]
@@ -84,8 +85,8 @@ def _control_plane(result: dict[str, Any]) -> list[str]:
 
 
 def _registration(result: dict[str, Any]) -> list[str]:
-    ranks = ", ".join(map(str, result["ranks"]))
-    return [REGISTRATION.format(**result, **result["one_thread_ms"], rank_list=ranks)]
+    ranks = f"rank{'s' if len(result['ranks']) > 1 else ''} {', '.join(map(str, result['ranks']))}"
+    return [REGISTRATION.format(**result, **result["one_thread_ms"], ranks_named=ranks)]
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {

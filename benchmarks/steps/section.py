@@ -29,18 +29,21 @@ PROMPTS = """Steps in which a prompt joins requests that decode, and one prompt 
 requests, and N of a prompt. *host waits*: the share of a step in which the host waits for the device.
 """
 
-HOST = """The host in a step of {who}, {adapters}: {host_ms:.2f} ms, of which packing {pack_ms:.2f}, describing the step in arrays
-{launch_arrays_ms:.2f}, their upload {launch_upload_ms:.2f}, the model's launch {launch_forward_ms:.2f} (attention's plan
+HOST = """- The host in a step of {who}, {adapters}: {host_ms:.2f} ms, of which packing {pack_ms:.2f}, describing the step in
+arrays {launch_arrays_ms:.2f}, their upload {launch_upload_ms:.2f}, the model's launch {launch_forward_ms:.2f} (attention's plan
 {attention_plan_ms:.2f}; LoRA's, when the batch has changed, {lora_plan_ms:.2f}) and the sampler's {launch_sampling_ms:.2f}."""
 
-MIXED_BATCH = """Base-only requests beside others: {requests} requests of which half have adapters take {mixed_ms:.2f} ms. The
-half with adapters takes {half_lora_ms:.2f} alone, as many more base-only rows cost {more_ms:.2f}: {excess:+.1%} of their sum."""
+MIXED_BATCH = """- Base-only requests beside others: {requests} requests of which half have adapters take {mixed_ms:.2f} ms. The
+half with adapters takes {half_lora_ms:.2f} alone, as many more base-only rows cost {more_ms:.2f}: {excess:+.1%} against their
+sum."""
 
-WITHOUT_LORA = """A batch of {most_adapters} without adapters takes {base_ms:.2f} ms, {excess:+.1%} of what it takes where
-there is no LoRA at all, and {drawn_ms:.2f} ms when its tokens are drawn by temperature and top_p."""
+WITHOUT_LORA = """- A batch of {most_adapters} without adapters takes {base_ms:.2f} ms, {excess:+.1%} against one where the
+service has no LoRA at all, and {drawn_ms:.2f} ms when its tokens are drawn by temperature and top_p."""
 
-STREAMING = """While adapters of rank {loaded_rank} are loaded without a pause, {gb_per_s:.1f} GB/s, a step of {batch} requests,
-{who}, takes {loading_ms:.2f} ms, and {quiet_ms:.2f} ms before and after: {more:+.1%}."""
+STREAMING = """- While adapters of rank {loaded_rank} are loaded without a pause, {gb_per_s:.1f} GB/s, a step of {batch} requests,
+{who}, takes {loading_ms:.2f} ms, and {quiet_ms:.2f} ms without such loads, before and after: {more:+.1%}."""
+
+LIMITS = "Of the limits that these steps are held against, in [claims.py](../benchmarks/steps/claims.py),"
 
 WIDE = """{wide_shape} shape, {batch} requests of as many adapters on all seven linear modules, ranks {ranks}.
 """
@@ -69,7 +72,7 @@ def steps_section(result: Json) -> list[str]:
         lines += ["", *_wide(result)]
     judged = claims(result)
     failed = [claim for claim in judged if not claim["holds"]]
-    lines += ["", f"Of {len(judged)} limits {len(judged) - len(failed)} hold{'; over are:' if failed else '.'}", ""]
+    lines += ["", f"{LIMITS} {len(judged) - len(failed)} of {len(judged)} hold{'; over are:' if failed else '.'}", ""]
     return lines + [f"- {claim['what']}: {claim['value']:.3f}, limit {claim['limit']:g}" for claim in failed]
 
 
