@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.percentiles import percentiles
 from benchmarks.serving.outcome import Outcome, ServerTimings
 
 # First token within this many seconds, as in the paper.
@@ -49,8 +50,8 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     found = np.fromiter(values, dtype=np.float64)
     if not found.size:
         return {}
-    p50, p90, p99 = np.percentile(found, (50, 90, 99))
-    return {"mean": float(found.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(found.max())}
+    p50, p90, p99 = percentiles(found, 50, 90, 99)
+    return {"mean": float(found.mean()), "p50": p50, "p90": p90, "p99": p99, "max": float(found.max())}
 
 
 def errors(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:

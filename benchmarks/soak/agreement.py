@@ -7,10 +7,10 @@ between them. Beyond it they answer different questions, and nothing is compared
 """
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.percentiles import percentiles
 from benchmarks.soak.clients import Answer, Pair
 
 
@@ -39,13 +39,13 @@ class Agreement:
 
     def summary(self) -> dict[str, object]:
         """For the result file."""
-        centiles = statistics.quantiles(self.shifts, n=100, method="inclusive") if len(self.shifts) > 1 else [0.0] * 99
+        p50, p99 = percentiles(self.shifts or (0.0,), 50, 99)
         return {
             "pairs": self.num_pairs,
             "equal": self.num_equal,
             "positions": len(self.shifts),
-            "shift_p50": centiles[49],
-            "shift_p99": centiles[98],
+            "shift_p50": p50,
+            "shift_p99": p99,
             "shift_max": self.max_shift,
             "shift_at_difference_max": self.max_at_difference,
         }

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.percentiles import percentiles
 from benchmarks.steps.bench import StepBench
 from benchmarks.steps.recorder import HostTimes
 from dataplane.engine.model_runner import LaunchedStep
@@ -36,10 +37,11 @@ class LoopTimes:
     def summary(self) -> dict[str, float]:
         """Medians in milliseconds; the host is the bound of a step for which it hardly waits."""
         wait_ms = _median_ms(self.wait_s)
+        p10_s, p90_s = percentiles(self.step_s, 10, 90)
         return {
             "step_ms": self.step_ms,
-            "step_p10_ms": _centile_ms(self.step_s, 10),
-            "step_p90_ms": _centile_ms(self.step_s, 90),
+            "step_p10_ms": p10_s * 1e3,
+            "step_p90_ms": p90_s * 1e3,
             "host_ms": self.step_ms - wait_ms,
             "pack_ms": _median_ms(self.pack_s),
             "launch_ms": _median_ms([t.launch_s for t in self.launches]),
@@ -150,7 +152,3 @@ class EndlessDecode:
 
 def _median_ms(seconds: Sequence[float]) -> float:
     return statistics.median(seconds) * 1e3
-
-
-def _centile_ms(seconds: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1] * 1e3

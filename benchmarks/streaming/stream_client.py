@@ -3,13 +3,12 @@
 import argparse
 import asyncio
 import json
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
 
+from benchmarks.percentiles import percentiles
 from benchmarks.streaming.stamps import age_s
 from protos.loraplane.v1 import inference_pb2 as pb
 from protos.loraplane.v1 import inference_pb2_grpc as pb_grpc
@@ -45,11 +44,6 @@ async def _read(stub: "pb_grpc.InferenceServiceAsyncStub", request: pb.GenerateR
             seen.ages_s += [age_s(token_id, now) for token_id in response.chunk.token_ids]
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that this share of the values does not exceed."""
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
 async def run(address: str, num_streams: int, num_tokens: int, with_ages: bool) -> dict[str, float]:
     """Streams, all at once; the rates count from the first chunk to the last."""
     seen = Seen()
@@ -68,7 +62,8 @@ async def run(address: str, num_streams: int, num_tokens: int, with_ages: bool) 
         "wall_s": wall_s,
     }
     if with_ages:
-        result |= {f"latency_p{p}_ms": percentile(seen.ages_s, p) * 1e3 for p in (50, 99)}
+        p50, p99 = percentiles(seen.ages_s, 50, 99)
+        result |= {"latency_p50_ms": p50 * 1e3, "latency_p99_ms": p99 * 1e3}
     return result
 
 
