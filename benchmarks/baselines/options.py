@@ -1,11 +1,11 @@
 """The command line of a baseline's processes: its own options, and all others handed on to the real process unchanged."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from adapter_store.geometry import LORA_MODULES
+from benchmarks.options import comma_list, make_parser
 
 NUM_SLOTS = 32
 
@@ -27,19 +27,19 @@ class BaselineOptions:
     others: tuple[str, ...]
 
 
-def parse_options(prog: str, argv: Sequence[str]) -> BaselineOptions:
+def parse_options(module: str, argv: Sequence[str]) -> BaselineOptions:
     """Reads the options; ends the process with a message when they are not right."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser = make_parser(module, __doc__)
     parser.add_argument("--baseline", required=True, choices=[baseline.value for baseline in Baseline])
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, metavar="N", help=f"adapter slots of no-unify ({NUM_SLOTS})")
     parser.add_argument(
-        "--slot-modules", default="", metavar="NAMES", help="modules that a slot has room for, with commas between (all)"
+        "--slot-modules",
+        type=comma_list(str, LORA_MODULES),
+        default=(),
+        metavar="NAME,...",
+        help="modules that a slot has room for (all)",
     )
     args, others = parser.parse_known_args(argv)
     if args.slots < 1:
         parser.error(f"--slots is {args.slots}; at least 1 is needed")
-    modules = tuple(name for name in args.slot_modules.split(",") if name)
-    unknown = set(modules) - set(LORA_MODULES)
-    if unknown:
-        parser.error(f"--slot-modules has {', '.join(sorted(unknown))}; there are {', '.join(LORA_MODULES)}")
-    return BaselineOptions(Baseline(args.baseline), args.slots, modules, tuple(others))
+    return BaselineOptions(Baseline(args.baseline), args.slots, args.slot_modules, tuple(others))
