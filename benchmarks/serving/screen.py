@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.serving import clients
 from benchmarks.serving.bench import OnProgress
 from benchmarks.serving.plan import RunPlan
+from benchmarks.serving.records import who
 
 # A client that is later than this, or busier, may have measured itself.
 LATE_S = 0.05
@@ -41,13 +42,13 @@ def name_of(plan: RunPlan) -> str:
     """A run in few words."""
     if plan.trace is not None:
         return f"trace {plan.trace.name}"
-    who = f"{plan.num_adapters} adapters" if plan.num_adapters else "base model"
+    name = who(plan.num_adapters)
     if plan.fixed is not None:
-        return f"{who}, {plan.fixed}"
+        return f"{name}, {plan.fixed}"
     if plan.rate is None:
-        return f"{who}, all at once"
+        return f"{name}, all at once"
     rate = f"{plan.rate.value:.0%}" if plan.rate.is_share else f"{plan.rate.value:g}/s"
-    return f"{who}, {rate}" + (f", cv {plan.cv:g}" if plan.cv != 1 else "")
+    return f"{name}, {rate}" + (f", cv {plan.cv:g}" if plan.cv != 1 else "")
 
 
 def show_run(plan: RunPlan, run: dict[str, Any]) -> None:
