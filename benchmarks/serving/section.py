@@ -54,7 +54,7 @@ part of one. *GPU*: the share in which a kernel ran, as the driver samples it. T
 *client* is the busiest of the client processes. *late*: how long after its planned time a request was sent, p99:
 """
 
-MEMORY = """The page pool with {name}:
+MEMORY = """The page pool with {name}. Idle adapters stay on the device until KV, or another adapter, needs their pages:
 
 ![The page pool by use over time]({plot})
 """
