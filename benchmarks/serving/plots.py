@@ -62,7 +62,7 @@ def plot_adapters(setting: str, results: Sequence[Json], docs: Path) -> str | No
     if max((len(points) for _, points in curves), default=0) < 2:
         return None
     file = f"serving_{setting.lower()}_adapters.svg"
-    with _figure(docs / file, 2 if latencies else 1) as panels:
+    with _figure(docs / file, 2 if latencies else 1, width=1.25) as panels:
         axes = panels[0]
         for number, (system, points) in enumerate(curves):
             # The first before those that lie upon it.
@@ -74,7 +74,7 @@ def plot_adapters(setting: str, results: Sequence[Json], docs: Path) -> str | No
         _from_zero(axes)
         axes.set(title=f"{setting}: throughput, saturated", ylabel="requests/s")
         _adapter_axis(axes, {n for _, points in curves for n in points})
-        axes.legend()
+        _legend_beside(axes)
         if latencies:
             _draw_latencies(panels[1], setting, latencies)
     return file
