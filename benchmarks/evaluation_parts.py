@@ -62,24 +62,24 @@ _CPU = "--device cpu --num-pages 400"
 _FEW = "--adapters 3 --requests 12 --lengths 4,12 --clients 1 --warmup 4"
 
 PARTS = (
-    _serving(SHORT, "S1", 140, "--adapters 5,100,1000,2000 --base-only"),
-    _serving(SHORT, "S1-fixed", 60, "--fixed 64x128x256,32x128x256,32x128x256:32 --repeat 5"),
-    _serving(SHORT, "S2", 110, "--adapters 5,100,400 --base-only"),
-    _serving(SHORT, "S2-fixed", 40, "--fixed 64x128x256:8 --repeat 5"),
-    _serving(SHORT, "S1-rates", 320, "--adapters 5,1000 --rates 50%,80%,95% --duration 30"),
-    _serving(SHORT, "S1-bmm", 180, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
-    _serving(SHORT, "S1-no-unify", 200, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
-    Part(SHORT, "S1-peft", "serving_peft_S1.json", 200, f"{_PEFT} S1 --adapters 5,100 --max-seconds 60"),
+    _serving(SHORT, "S1", 145, "--adapters 5,100,1000,2000 --base-only"),
+    _serving(SHORT, "S1-fixed", 50, "--fixed 64x128x256,32x128x256,32x128x256:32 --repeat 3"),
+    _serving(SHORT, "S2", 115, "--adapters 5,100,400 --base-only"),
+    _serving(SHORT, "S2-fixed", 35, "--fixed 64x128x256:8 --repeat 3"),
+    _serving(SHORT, "S1-rates", 220, "--adapters 5,1000 --rates 50%,80%,95% --duration 20"),
+    _serving(SHORT, "S1-bmm", 150, f"--adapters 5,100,1000 --base-only --data-plane '{_BMM}'", "loraplane-bmm"),
+    _serving(SHORT, "S1-no-unify", 105, f"--adapters 5,100,1000 --base-only {_SLOTS}", "loraplane-no-unify"),
+    Part(SHORT, "S1-peft", "serving_peft_S1.json", 80, f"{_PEFT} S1 --adapters 5,100 --max-seconds 30"),
     # A pool with pages for half of the adapters beside the KV, a host cache for a quarter, and none on the device before requests
     # ask for it: they come and go all the time.
     _serving(
         SHORT,
         "S1-cold",
-        120,
+        70,
         "--adapters 1000 --base-only --no-idle-prefetch --data-plane 'dataplane --num-pages 7700 --host-cache-bytes 4294967296'",
         "loraplane-cold",
     ),
-    Part(SHORT, "registration", "registration.json", 30, "benchmarks.registration --adapters 1000"),
+    Part(SHORT, "registration", "registration.json", 25, "benchmarks.registration --adapters 1000"),
     # Table 3 of the paper: 10 requests a second for two minutes. An adapter of S4 takes 120 MB, so there are fewer.
     _serving(PAPER, "S1-table3", 720, "--adapters 5,100,1000,2000 --base-only --no-saturated --rates 10 --duration 120"),
     _serving(PAPER, "S2-table3", 480, "--adapters 5,100,400 --base-only --no-saturated --rates 10 --duration 120"),
@@ -92,7 +92,7 @@ PARTS = (
     Part(PIECES, "engine", "engine.json", 80, "benchmarks.engine"),
     Part(PIECES, "adapters", "adapters.json", 30, "benchmarks.adapters"),
     Part(PIECES, "churn", "churn.json", 170, "benchmarks.churn --dtypes bfloat16"),
-    Part(PIECES, "churn-float32", "churn_float32.json", 240, "benchmarks.churn --dtypes float32"),
+    Part(PIECES, "churn-float32", "churn_float32.json", 200, "benchmarks.churn --dtypes float32 --seconds 80"),
     Part(PIECES, "control-plane", "control_plane.json", 90, "benchmarks.control_plane"),
     _serving(TINY, "tiny", 20, f"{_FEW} --base-only --rates 80% --duration 0.5 --data-plane 'dataplane {_CPU}'"),
     _serving(TINY, "tiny-bmm", 20, f"{_FEW} --data-plane '{_BMM} {_CPU}'", "loraplane-bmm"),

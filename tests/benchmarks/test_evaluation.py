@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import evaluation, report
 from benchmarks.evaluation_parts import PARTS, PIECES, SHORT, TINY, Part
+from benchmarks.result_file import RESULTS
 from benchmarks.serving.options import parse_options
 
 # A benchmark as the evaluation sees one: writes what it was told to, and ends as it was told to.
@@ -87,6 +88,15 @@ def test_results_have_names_of_their_own_that_the_report_knows() -> None:
     for part in real:
         assert part.result.startswith("serving_") or part.result.removesuffix(".json") in report.SECTIONS, part.name
     assert {part.result.removesuffix(".json") for part in real if part.suite == PIECES} < set(report.SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "part", [part for part in PARTS if part.suite != TINY and (RESULTS / part.result).exists()], ids=lambda part: part.name
+)
+def test_a_part_is_the_command_that_made_the_result_in_the_report(part: Part) -> None:
+    command, out = part.command(RESULTS)[:-2], part.command(RESULTS)[-2:]
+    assert out == ["--out", str(RESULTS / part.result)]
+    assert json.loads((RESULTS / part.result).read_text())["command"] == shlex.join(command)
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.arguments.startswith("benchmarks.serve ")], ids=lambda p: p.name)
