@@ -32,7 +32,7 @@ STOP_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a part. state: done, failed or left out."""
+    """What became of a part. state: done, failed, left out or interrupted."""
 
     part: Part
     state: str
@@ -41,26 +41,22 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts and says at the end what became of each; 1 if one failed."""
+    """Runs the parts and says at the end what became of each; 1 if one failed, 130 if Ctrl-C ended it before its time."""
     args = _parse(argv)
     extra = ("--commit", args.commit) if args.commit else ()
     if args.list:
         for part in PARTS:
             print(f"{part.suite:6s} {part.name:17s} about {part.takes_s:4.0f} s  {shlex.join(part.command(args.results, extra))}")
         return 0
-    try:
-        outcomes = run_parts(args.parts, args.results, args.max_seconds, extra)
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    outcomes = run_parts(args.parts, args.results, args.max_seconds, extra)
     print("\n".join(table(outcomes)), flush=True)
-    return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+    states = {outcome.state for outcome in outcomes}
+    return 130 if "interrupted" in states else 1 if "failed" in states else 0
 
 
 def run_parts(parts: Sequence[Part], results: Path, max_seconds: float | None, extra: Sequence[str] = ()) -> list[Outcome]:
-    """One part after the other. max_seconds: of all together; a part that is likely to take longer than is left is left out.
-
-    extra: arguments of every part.
+    """One part after the other, until Ctrl-C. max_seconds: of all together; a part that is likely to take longer than is left is
+    left out. extra: arguments of every part.
     """
     started_at = time.monotonic()
     outcomes = []
@@ -72,27 +68,41 @@ def run_parts(parts: Sequence[Part], results: Path, max_seconds: float | None, e
         else:
             outcomes.append(_run(part, part.command(results, extra), min(part.limit_s, left_s)))
         say(f"{outcomes[-1].state}: {part.name} {outcomes[-1].why}")
+        if outcomes[-1].state == "interrupted":
+            break
     return outcomes
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """A line for each part."""
-    return [f"{o.part.name:17s} {o.state:8s} {o.elapsed_s:6.0f} s  {o.why or o.part.result}" for o in outcomes]
+    return [f"{o.part.name:17s} {o.state:11s} {o.elapsed_s:6.0f} s  {o.why or o.part.result}" for o in outcomes]
 
 
 def _run(part: Part, command: Sequence[str], limit_s: float) -> Outcome:
     say(f"{part.name}: {part.arguments}")
     started_at = time.monotonic()
+    try:
+        code = _exit_code(command, limit_s)
+        state, why = ("failed", f"exit code {code}") if code else ("done", "")
+    except subprocess.TimeoutExpired:
+        state, why = "failed", f"cut off after {limit_s:.0f} s"
+    except KeyboardInterrupt:
+        state, why = "interrupted", "cut off by Ctrl-C"
+    return Outcome(part, state, time.monotonic() - started_at, why)
+
+
+def _exit_code(command: Sequence[str], limit_s: float) -> int:
+    """That of the part, which has ended afterwards, whatever happens.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
     # A group of its own: Ctrl-C is for this process, which ends the part in order.
     process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0)
     try:
-        code = process.wait(limit_s)
-        why = f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        why = f"cut off after {limit_s:.0f} s"
+        return process.wait(limit_s)
     finally:
         _stop(process)
-    return Outcome(part, "failed" if why else "done", time.monotonic() - started_at, why)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

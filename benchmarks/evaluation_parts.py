@@ -16,7 +16,7 @@ LIMIT_FACTOR = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """arguments: of python -m. result: the file's name. takes_s: about how long, which nothing is judged by."""
+    """arguments: of python -m. result: the file's name. takes_s: about how long; only limits on time ask for it."""
 
     suite: str
     name: str

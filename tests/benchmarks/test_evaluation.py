@@ -1,7 +1,13 @@
 """The evaluation runs all that it is told to, whatever becomes of single parts, and says what became of each."""
 
+import contextlib
+import fcntl
 import json
+import os
 import shlex
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +16,20 @@ from benchmarks import evaluation, report
 from benchmarks.evaluation_parts import PARTS, PIECES, SHORT, TINY, Part
 from benchmarks.result_file import RESULTS
 from benchmarks.serving.options import parse_options
+from tests.waiting import block_until
 
-# A benchmark as the evaluation sees one: writes what it was told to, and ends as it was told to.
+# A benchmark as the evaluation sees one: writes what it was told to, and ends as it was told to. None lives longer than the test,
+# which holds the lock that they wait for.
 MODULE = """
-import sys, time
+import fcntl, sys
 from pathlib import Path
 
 what, out = sys.argv[1], Path(sys.argv[sys.argv.index("--out") + 1])
 try:
     if what == "hang":
-        time.sleep(600)
+        out.write_text("started")
+        with Path(__file__).with_name("lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
     out.write_text(" ".join(sys.argv[1:]))
     sys.exit(3 if what == "fail" else 0)
 except KeyboardInterrupt:
@@ -29,8 +39,8 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Part]:
-    """One that fails, one that ends, one that would take an hour and one that would not."""
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Part]]:
+    """One that fails, one that ends, one that would take an hour and one that would not, and one that hangs."""
     (tmp_path / "played.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     parts = [
@@ -41,12 +51,34 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Part]:
         Part(TINY, "hanging", "hanging.json", 0, "played hang"),
     ]
     monkeypatch.setattr(evaluation, "PARTS", parts)
-    return parts
+    # A shell's background job would ignore it, and so would the parts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield parts
+    signal.signal(signal.SIGINT, before)
 
 
 def states(printed: str) -> dict[str, str]:
     """By the names of parts, what the table says of them."""
     return {line.split()[0]: " ".join(line.split()[1:]) for line in printed.splitlines()}
+
+
+@contextlib.contextmanager
+def ctrl_c_when(path: Path, *texts: str) -> Iterator[None]:
+    """Beside what runs in the context: Ctrl-C for this process when the file holds a text, and again for each further text."""
+
+    def watch() -> None:
+        for text in texts:
+            block_until(lambda text=text: path.exists() and path.read_text() == text)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        watching.join()
 
 
 def test_a_part_that_fails_stops_no_other_and_is_told(
@@ -73,6 +105,15 @@ def test_a_part_that_would_take_too_long_is_left_out_and_told(
 def test_a_part_that_hangs_is_stopped_in_order_when_the_time_is_up(parts: list[Part], tmp_path: Path) -> None:
     (outcome,) = evaluation.run_parts(parts[-1:], tmp_path, max_seconds=1.5)
     assert outcome.state == "failed" and outcome.why.startswith("cut off after")
+    assert (tmp_path / "hanging.json").read_text() == "stopped in order"
+
+
+def test_what_was_done_before_ctrl_c_is_told(parts: list[Part], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ctrl_c_when(tmp_path / "hanging.json", "started"):
+        assert evaluation.main(["--parts", "whole", "hanging", "last", "--results", str(tmp_path)]) == 130
+    table = states(capfd.readouterr().out)
+    assert list(table) == ["whole", "hanging"]
+    assert table["whole"].startswith("done") and table["hanging"].startswith("interrupted")
     assert (tmp_path / "hanging.json").read_text() == "stopped in order"
 
 
