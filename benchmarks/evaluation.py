@@ -11,6 +11,7 @@ what they are is in evaluation_parts.py.
 """
 
 import argparse
+import contextlib
 import shlex
 import signal
 import subprocess
@@ -23,11 +24,13 @@ from pathlib import Path
 from benchmarks.evaluation_parts import PARTS, SHORT, SUITES, TINY, Part
 from benchmarks.options import make_parser
 from benchmarks.process import ROOT
+from benchmarks.process import STOP_TIMEOUT_S as PROCESS_STOP_TIMEOUT_S
 from benchmarks.result_file import RESULTS
 from benchmarks.screen import say
+from benchmarks.session import kill_session
 
-# Of a part that is told to end: to stop the planes that it started.
-STOP_TIMEOUT_S = 60.0
+# Of a part that is told to end: it stops two planes one after the other, then clients, and deletes gigabytes of images.
+STOP_TIMEOUT_S = 2 * PROCESS_STOP_TIMEOUT_S + 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,14 @@ def _run(part: Part, command: Sequence[str], limit_s: float) -> Outcome:
 
 
 def _exit_code(command: Sequence[str], limit_s: float) -> int:
-    """That of the part, which has ended afterwards, whatever happens.
+    """That of the part. Whatever happens, neither it nor what it started runs afterwards.
 
     Raises:
         subprocess.TimeoutExpired: it took longer.
     """
-    # A group of its own: Ctrl-C is for this process, which ends the part in order.
-    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0)
+    # Ctrl-C is for this process, which ends the part in order. A session, as planes have process groups of their own; only Redis
+    # leaves it, and ends with its plane.
+    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait(limit_s)
     finally:
@@ -106,15 +110,17 @@ def _exit_code(command: Sequence[str], limit_s: float) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends it if it runs. As Ctrl-C, so that it stops what it started."""
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGINT)
+    """Ends it if it runs, as Ctrl-C would, so that it stops what it started; what is left then is killed, as it is by a second
+    Ctrl-C.
+    """
     try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    finally:
         process.kill()
-        process.wait()
+        kill_session(process.pid)
+        process.poll()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.05
-_STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 _TAIL_LINES = 25
 # Lines of a data plane that say how far it is; they tell nothing of what went wrong.
 _PROGRESS = '"event": "loading"'
@@ -59,7 +59,7 @@ class Process:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(_STOP_TIMEOUT_S)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,19 @@ from tests.waiting import block_until
 # A benchmark as the evaluation sees one: writes what it was told to, and ends as it was told to. None lives longer than the test,
 # which holds the lock that they wait for.
 MODULE = """
-import fcntl, sys
+import fcntl, signal, subprocess, sys
 from pathlib import Path
 
 what, out = sys.argv[1], Path(sys.argv[sys.argv.index("--out") + 1])
 try:
-    if what == "hang":
+    if what in ("leave", "stay"):
+        # A plane as a benchmark starts it. Both hold that lock as long as one of them runs.
+        alive = out.with_suffix(".alive").open("w")
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        subprocess.Popen([sys.executable, __file__, "hang", "--out", "/dev/null"], process_group=0, pass_fds=[alive.fileno()])
+    if what == "stay":
+        signal.signal(signal.SIGINT, lambda *_: out.write_text("was told"))
+    if what in ("hang", "stay"):
         out.write_text("started")
         with Path(__file__).with_name("lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -40,7 +48,9 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Part]]:
-    """One that fails, one that ends, one that would take an hour and one that would not, and one that hangs."""
+    """One that fails, one that ends, one that would take an hour and one that would not; and one that hangs, one that
+    leaves behind what it started, and one that does not heed Ctrl-C either.
+    """
     (tmp_path / "played.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     parts = [
@@ -49,6 +59,8 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Part
         Part(SHORT, "long", "long.json", 3600, "played end"),
         Part(SHORT, "last", "last.json", 0, "played end"),
         Part(TINY, "hanging", "hanging.json", 0, "played hang"),
+        Part(TINY, "leaving", "leaving.json", 0, "played leave"),
+        Part(TINY, "staying", "staying.json", 0, "played stay"),
     ]
     monkeypatch.setattr(evaluation, "PARTS", parts)
     # A shell's background job would ignore it, and so would the parts.
@@ -64,13 +76,26 @@ def states(printed: str) -> dict[str, str]:
     return {line.split()[0]: " ".join(line.split()[1:]) for line in printed.splitlines()}
 
 
+def is_gone(alive: Path) -> bool:
+    """Whether neither a part nor what it started runs, by the lock that they hold."""
+    with alive.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def ctrl_c_when(path: Path, *texts: str) -> Iterator[None]:
     """Beside what runs in the context: Ctrl-C for this process when the file holds a text, and again for each further text."""
 
+    def holds(text: str) -> bool:
+        return path.exists() and path.read_text() == text
+
     def watch() -> None:
         for text in texts:
-            block_until(lambda text=text: path.exists() and path.read_text() == text)
+            block_until(partial(holds, text))
             os.kill(os.getpid(), signal.SIGINT)
 
     watching = threading.Thread(target=watch)
@@ -103,7 +128,7 @@ def test_a_part_that_would_take_too_long_is_left_out_and_told(
 
 
 def test_a_part_that_hangs_is_stopped_in_order_when_the_time_is_up(parts: list[Part], tmp_path: Path) -> None:
-    (outcome,) = evaluation.run_parts(parts[-1:], tmp_path, max_seconds=1.5)
+    (outcome,) = evaluation.run_parts(parts[4:5], tmp_path, max_seconds=1.5)
     assert outcome.state == "failed" and outcome.why.startswith("cut off after")
     assert (tmp_path / "hanging.json").read_text() == "stopped in order"
 
@@ -115,6 +140,27 @@ def test_what_was_done_before_ctrl_c_is_told(parts: list[Part], tmp_path: Path, 
     assert list(table) == ["whole", "hanging"]
     assert table["whole"].startswith("done") and table["hanging"].startswith("interrupted")
     assert (tmp_path / "hanging.json").read_text() == "stopped in order"
+
+
+def test_nothing_that_a_part_started_outlives_it(parts: list[Part], tmp_path: Path) -> None:
+    assert evaluation.main(["--parts", "leaving", "--results", str(tmp_path)]) == 0
+    assert is_gone(tmp_path / "leaving.alive")
+
+
+def test_a_part_that_does_not_stop_is_killed_with_all_that_it_started(
+    parts: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "STOP_TIMEOUT_S", 0.1)
+    with ctrl_c_when(tmp_path / "staying.json", "started"):
+        assert evaluation.main(["--parts", "staying", "--results", str(tmp_path)]) == 130
+    assert is_gone(tmp_path / "staying.alive")
+
+
+def test_a_second_ctrl_c_waits_for_nothing(parts: list[Part], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ctrl_c_when(tmp_path / "staying.json", "started", "was told"):
+        assert evaluation.main(["--parts", "staying", "--results", str(tmp_path)]) == 130
+    assert is_gone(tmp_path / "staying.alive")
+    assert states(capfd.readouterr().out)["staying"].startswith("interrupted")
 
 
 def test_small_parts_overwrite_no_result_of_the_report(parts: list[Part], capsys: pytest.CaptureFixture[str]) -> None:
