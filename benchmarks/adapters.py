@@ -1,7 +1,7 @@
-"""How long an adapter takes from host memory into the pool and from the store into host memory, and what it costs a decode step.
+"""How long an adapter takes from host memory into the pool, and from the store into host memory.
 
-Needs a CUDA device: `python -m benchmarks.adapters` writes results/adapters.json. The pool is as large as the service's; hit
-rates, and how long requests wait for their adapters, are for the benchmark of the whole service to say (benchmarks.serve).
+Needs a CUDA device: `python -m benchmarks.adapters` writes results/adapters.json. The pool is as large as the service's. What a
+step pays for loads beside it is measured by benchmarks.engine, hit rates and waiting for adapters by benchmarks.serve.
 """
 
 import gc
@@ -21,7 +21,6 @@ if not __package__:
 from adapter_store.geometry import LORA_MODULES
 from adapter_store.host_arena import HostArena
 from benchmarks.loading.bench import LoadBench, plain_gb_per_s
-from benchmarks.loading.decode import measure_slowdown, stand_in_step
 from benchmarks.loading.reads import measure_reads
 from benchmarks.model_shapes import ATTENTION_MODULES, LLAMA_3_8B, LLAMA_7B, ModelShape, geometry_of
 from benchmarks.options import add_result_options, make_parser
@@ -35,9 +34,8 @@ SETTINGS: tuple[tuple[ModelShape, tuple[str, ...]], ...] = (
 )
 ARENA_BYTES = 4 << 30
 PLAIN_BYTES = 1 << 30
-# Streamed in while steps run, and read from the store.
-STREAM_RANK = 16
-STEP_TOKENS = 64
+# Of what is read from the store.
+READ_RANK = 16
 NUM_READ_THREADS = 4
 
 
@@ -61,15 +59,6 @@ def measure_loads(bench: LoadBench, modules: Sequence[str], rank: int) -> dict[s
             "back_to_back_gb_per_s": bench.loads_per_s(images, pages_of) * size_bytes / 1e9,
         }
     return row
-
-
-def measure_decode(bench: LoadBench, modules: Sequence[str]) -> dict[str, object]:
-    """A step of a stand-in for the shape's decoder, while adapters stream in."""
-    step = stand_in_step(LLAMA_7B.num_layers, LLAMA_7B.hidden_size, LLAMA_7B.intermediate_size, STEP_TOKENS)
-    images = bench.images(STREAM_RANK, modules)
-    places = [bench.scattered(images[0].num_pages) for _ in range(64)]
-    slowdown = measure_slowdown(step, bench.copier, images, places)
-    return {"rank": STREAM_RANK, "tokens": STEP_TOKENS, **asdict(slowdown), "ratio": slowdown.ratio}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,23 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_pool(
     shape: ModelShape, modules: tuple[str, ...], arena: HostArena, rows: list[dict[str, object]]
 ) -> dict[str, object]:
-    """Loads into a pool of that shape, and what they cost a step of the first one."""
+    """Loads into a pool of that shape. Pools of all shapes are about as large, so one size is told."""
     bench = LoadBench(geometry_of(shape, max(RANKS)), arena)
     for rank in RANKS:
         rows.append(measure_loads(bench, modules, rank))
         show(f"{shape.name}, rank {rank}", rows[-1])
-    if shape is not SETTINGS[0][0]:
-        return {}
-    decode = measure_decode(bench, modules)
-    show("steps beside loads", decode)
-    return {"pool_bytes": bench.pool.numel() * bench.pool.element_size(), "decode": decode}
+    return {"pool_bytes": bench.pool.numel() * bench.pool.element_size()}
 
 
 def _measure_store() -> dict[str, object]:
     """Reads of images that the store has."""
     shape, modules = SETTINGS[0]
     with tempfile.TemporaryDirectory() as directory:
-        store = measure_reads(Path(directory), geometry_of(shape, max(RANKS)), STREAM_RANK, modules, NUM_READ_THREADS)
+        store = measure_reads(Path(directory), geometry_of(shape, max(RANKS)), READ_RANK, modules, NUM_READ_THREADS)
     show("reads", store)
     return {"store": store}
 

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from adapter_store.image import AdapterImage
-from benchmarks.device_timing import capture
 from dataplane.memory.adapter_copy import AdapterCopier, AdapterCopy
 
 # On their way at once: more than the device copies during one step.
 BYTES_ON_THEIR_WAY = 512 << 20
 NUM_ROUNDS = 3
 NUM_STEPS = 60
-# Of a step that is described to the device.
-UPLOAD_ELEMS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +93,3 @@ def _run(step: Callable[[], None], between: Callable[[], None]) -> list[float]:
             ends[i - 1].synchronize()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in itertools.pairwise(ends)]
-
-
-def stand_in_step(num_layers: int, hidden: int, intermediate: int, num_tokens: int) -> Callable[[], None]:
-    """What a decoder's step does to memory: its inputs come from the host, and all its weights are read once."""
-    widths = ((hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * intermediate), (intermediate, hidden))
-    dtype = torch.bfloat16
-    weights = [torch.randn(*shape, dtype=dtype, device="cuda") for _ in range(num_layers) for shape in widths]
-    inputs = {width: torch.randn(num_tokens, width, dtype=dtype, device="cuda") for width, _ in widths}
-    outputs = {width: torch.empty(num_tokens, width, dtype=dtype, device="cuda") for _, width in widths}
-
-    def run() -> None:
-        for weight in weights:
-            torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
-
-    graph = capture(run)
-    # Small, but on the way that adapters take: where it has to wait for them, so has the step.
-    staging, on_device = torch.zeros(UPLOAD_ELEMS).pin_memory(), torch.zeros(UPLOAD_ELEMS, device="cuda")
-
-    def step() -> None:
-        on_device.copy_(staging, non_blocking=True)
-        graph.replay()
-
-    return step

@@ -6,14 +6,13 @@ from benchmarks.markdown import table
 
 ADAPTERS = """## Loading an adapter
 
-From pinned host memory into a pool of {pool_gib:.0f} GiB, into one run of pages and into pages of which no two are neighbours;
-bfloat16, {shapes}. Milliseconds from the call to the end of the copy, device idle, medians. *GB/s*: of one load at a
-time, and of loads back to back; a plain copy of 1 GiB in one piece reaches {pinned_gb_per_s:.1f}. *plain*: the same bytes in one
-piece. *host*: microseconds of the call, all that a load takes of the engine's loop, for one run and for single pages.
-"""
+Loads from pinned host memory into a pool of {pool_gib:.0f} GiB, on an idle device, bfloat16: {shapes}.
 
-DECODE = """While adapters of rank {rank} stream in without a pause, {gb_per_s:.1f} GB/s, the matrix products of a step of
-{tokens} tokens take {loading_ms:.3f} ms instead of {quiet_ms:.3f}: {more:+.1%}."""
+- *plain* is torch's copy of the same bytes in one piece, *one run* a load into pages side by side, *single pages* one into pages
+  of which no two are neighbours: milliseconds from the call to the end of the copy, medians.
+- *GB/s* is of one load at a time, then of loads back to back. A plain copy of 1 GiB reaches {pinned_gb_per_s:.1f}.
+- *host* is microseconds of the call that starts a load, all that it takes of the engine's loop, for one run and for single pages.
+"""
 
 STORE = """An image of {mib:.0f} MiB is read from the system's page cache into pinned memory, and its digest verified, in
 {read_ms:.1f} ms ({read_gb_per_s:.2f} GB/s); the host cache with {threads} threads brings {fetches_per_s:.0f} a second.
@@ -27,11 +26,10 @@ def adapters_section(result: dict[str, Any]) -> list[str]:
     head = ["", "MiB", "pages", "plain", "one run", "GB/s", "single pages", "GB/s", "host"]
     pool_gib = result["pool_bytes"] / 2**30
     lines = [ADAPTERS.format(pool_gib=pool_gib, shapes=shapes, **result), *table(head, [_row(row) for row in result["rows"]]), ""]
-    decode, store, arena = result["decode"], result.get("store"), result["arena"]
-    lines += [DECODE.format(more=decode["ratio"] - 1, **decode)]
+    store, arena = result.get("store"), result["arena"]
     if store is not None:
         arena_gib = arena["bytes"] / 2**30
-        lines += ["", STORE.format(mib=store["bytes"] / 2**20, arena_gib=arena_gib, pin_s=arena["pin_s"], **store)]
+        lines += [STORE.format(mib=store["bytes"] / 2**20, arena_gib=arena_gib, pin_s=arena["pin_s"], **store)]
     return lines
 
 

@@ -34,6 +34,22 @@ def test_registration_has_a_section_with_where_it_was_measured(tmp_path: Path) -
     assert "*an imagined processor; python 3.12; commit 0123456789ab, 2000-01-01; `python -m benchmarks.registration`.*" in text
 
 
+def test_loading_is_told_of_loads_alone(tmp_path: Path) -> None:
+    load = {"median_ms": 0.5, "gb_per_s": 40.0, "back_to_back_gb_per_s": 50.0, "host_us": 100.0}
+    row = {"shape": "llama-7b", "modules": 4, "rank": 8, "bytes": 1 << 24, "pages": 2, "plain_ms": 0.4}
+    result = {
+        **{name: REGISTRATION[name] for name in ("device", "versions", "commit", "date")},
+        "pinned_gb_per_s": 55.0,
+        "arena": {"bytes": 1 << 32, "pin_s": 1.5},
+        "pool_bytes": 80 << 30,
+        "rows": [{**row, "contiguous": load, "single_pages": load}],
+    }
+    (tmp_path / "adapters.json").write_text(json.dumps(result))
+    write_page(tmp_path, tmp_path / "performance.md")
+    text = (tmp_path / "performance.md").read_text()
+    assert "| llama-7b, rank 8 | 16 | 2 | 0.40 | 0.50 | 40.0, 50.0 | 0.50 | 40.0, 50.0 | 100, 100 |" in text
+
+
 def test_the_results_of_this_repository_can_be_read(tmp_path: Path) -> None:
     write_page(RESULTS, tmp_path / "performance.md")
     assert "## Serving under load" in (tmp_path / "performance.md").read_text()
