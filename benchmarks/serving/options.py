@@ -214,7 +214,10 @@ def _openai(args: argparse.Namespace) -> OpenAiOptions:
 
 def _runs(args: argparse.Namespace) -> tuple[RunPlan, ...]:
     if args.trace:
-        return tuple(RunPlan(max(args.adapters, default=0), trace=path) for path in args.trace)
+        others = [f"--{name.replace('_', '-')}" for name in ("fixed", "rates", "base_only") if getattr(args, name)]
+        if others:
+            raise ValueError(f"--trace replays what it holds and nothing else; leave {', '.join(others)} out")
+        return tuple(RunPlan(max(args.adapters, default=0), trace=path) for _ in range(args.repeat) for path in args.trace)
     has_saturated = not args.no_saturated and bool(args.adapters or args.base_only)
     if any(rate.is_share for rate in args.rates) and not has_saturated:
         raise ValueError("a rate in percent is of the saturated one; leave --no-saturated out")

@@ -73,6 +73,11 @@ def test_options_that_are_there_stay() -> None:
         (["--setting", "S1", "--adapters", "five"], "five"),
         (["--setting", "S1", "--fixed", "64x128"], "a fixed load of '64x128'; it has the form REQUESTSxINPUTxOUTPUT"),
         (["--setting", "S1", "--base-only", "--lengths", "8"], "--lengths has 1 numbers; it takes two"),
+        (
+            ["--setting", "S1", "--trace", "x", "--fixed", "4x5x6"],
+            "--trace replays what it holds and nothing else; leave --fixed out",
+        ),
+        (["--setting", "S1", "--trace", "x", "--rates", "5", "--base-only"], "leave --rates, --base-only out"),
         (["--target", "x:1", "--base-only", "--no-idle-prefetch"], "--no-idle-prefetch is for a service that is started here"),
     ],
 )
@@ -91,6 +96,11 @@ def test_a_trace_is_replayed_as_it_is(tmp_path: Path) -> None:
     (plan,) = parse("--target", "x:1", "--adapters", "3", "--trace", str(path)).runs
     assert (plan.kind, plan.num_adapters) == ("trace", 3)
     assert draw_trace(plan, Workload(), None) == trace
+
+
+def test_traces_are_repeated_in_turn() -> None:
+    options = parse("--target", "x:1", "--trace", "a", "--trace", "b", "--repeat", "2")
+    assert [str(run.trace) for run in options.runs] == ["a", "b", "a", "b"]
 
 
 def test_a_share_is_of_a_saturated_run_and_names_of_adapters_there_are() -> None:
