@@ -119,8 +119,9 @@ async def _measure(options: Options, service: RunningService | None) -> int:
                 screen.show_run(plan, run)
                 runs.append(run)
             if runs:
-                # Should this be the last that is written, it says what is missing.
-                _write(options, measured, runs, failed | {screen.name_of(p): "not reached" for p in options.runs[i + 1 :]})
+                # Should this be the last that is written, it says what is missing. A run may be there twice, and have failed.
+                not_reached = {screen.name_of(later): "not reached" for later in options.runs[i + 1 :]}
+                _write(options, measured, runs, not_reached | failed)
         if runs:
             say(f"written to {options.out}")
         return 1 if failed else 0

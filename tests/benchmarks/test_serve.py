@@ -145,6 +145,29 @@ def test_what_an_interrupt_left_out_is_told(service: RunningService, tmp_path: P
     assert result["failed"] == {"trace b.jsonl": "not reached"}
 
 
+def test_a_failure_is_told_though_the_same_run_is_still_to_come(
+    service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_trace(tmp_path / "bad.jsonl", [TraceRequest(0.0, 7, 8, 4)])
+    write_trace(tmp_path / "good.jsonl", [TraceRequest(0.0, None, 8, 4)])
+    make_run = Bench.run
+    made: list[RunPlan] = []
+
+    async def run(bench: Bench, plan: RunPlan, on_progress: OnProgress) -> dict[str, Any]:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(plan)
+        return await make_run(bench, plan, on_progress)
+
+    monkeypatch.setattr(Bench, "run", run)
+    traces = ("--trace", str(tmp_path / "bad.jsonl"), "--trace", str(tmp_path / "good.jsonl"), "--repeat", "2")
+    out = tmp_path / "result.json"
+    assert main(["--target", service.address, *traces, "--clients", "1", "--warmup", "0", "--out", str(out)]) == 130
+    failed = json.loads(out.read_text())["failed"]
+    assert failed["trace good.jsonl"] == "not reached"
+    assert failed["trace bad.jsonl"].startswith("BenchError: the trace asks for adapter number 7")
+
+
 def test_more_adapters_than_there_are_are_refused(service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--target", service.address, "--adapters", "5"]) == 1
     assert "5 adapters are asked for, and there are 0" in capsys.readouterr().err
