@@ -30,11 +30,12 @@ from benchmarks.serving import screen
 from benchmarks.serving.adapters import check_count, host_cache_bytes, provide_adapters
 from benchmarks.serving.bench import Bench, BenchError, Server
 from benchmarks.serving.clients import ClientFailedError, Clients
+from benchmarks.serving.commands import with_options
 from benchmarks.serving.driver import Target
 from benchmarks.serving.grpc_driver import GrpcTarget
 from benchmarks.serving.load_samples import LoadSampler
 from benchmarks.serving.metrics import SLO_S
-from benchmarks.serving.options import Options, parse_options, with_options
+from benchmarks.serving.options import Options, parse_options
 from benchmarks.serving.service import RunningService, ServiceOptions, running_service
 
 PACKAGES = ("torch", "cupy-cuda13x", "flashinfer-python", "grpcio", "numpy")

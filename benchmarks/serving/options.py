@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks.model_shapes import ATTENTION_MODULES
 from benchmarks.options import add_result_options, comma_list, make_parser
 from benchmarks.result_file import RESULTS
 from benchmarks.serving.adapters import AdapterPlan
+from benchmarks.serving.commands import has_option, with_options
 from benchmarks.serving.plan import FixedLoad, Rate, RunPlan, Workload, plan_runs
 from benchmarks.workload import LENGTHS, SATURATED_REQUESTS, SEED, SETTINGS, Setting
 
@@ -172,13 +172,16 @@ def _options(args: argparse.Namespace) -> Options:
         raise ValueError("one of --setting, --model, --target and --openai says what is measured (--setting goes with --target)")
     if args.openai and not args.base_model:
         raise ValueError("--openai needs --base-model, the base model's name there")
-    if args.no_idle_prefetch and (args.openai or args.target):
+    control_options = {"--max-waiting": str(MAX_WAITING)} | ({"--no-idle-prefetch": ""} if args.no_idle_prefetch else {})
+    control_plane = with_options(args.control_plane, control_options)
+    # However it was given: by an option of ours or among the control plane's.
+    idle_prefetch = not has_option(control_plane, "--no-idle-prefetch")
+    if not idle_prefetch and (args.openai or args.target):
         raise ValueError("--no-idle-prefetch is for a service that is started here")
     runs = _runs(args)
     num_adapters = max((run.num_adapters for run in runs), default=0)
     load_format = args.load_format or ("dummy" if setting and not args.model else "auto")
-    control_options = {"--max-waiting": str(MAX_WAITING)} | ({"--no-idle-prefetch": ""} if args.no_idle_prefetch else {})
-    system = args.system or ("loraplane-no-prefetch" if args.no_idle_prefetch else "loraplane")
+    system = args.system or ("loraplane" if idle_prefetch else "loraplane-no-prefetch")
     setting_name = setting.name if setting else args.setting_name
     name = "_".join(filter(None, (system, setting_name)))
     return Options(
@@ -189,8 +192,8 @@ def _options(args: argparse.Namespace) -> Options:
         target=args.target,
         openai=_openai(args) if args.openai else None,
         data_plane=with_options(args.data_plane, {"--load-format": load_format}),
-        control_plane=with_options(args.control_plane, control_options),
-        idle_prefetch=not args.no_idle_prefetch,
+        control_plane=control_plane,
+        idle_prefetch=idle_prefetch,
         state_dir=args.state_dir,
         adapters=_adapter_plan(args, setting, num_adapters),
         runs=runs,
@@ -243,12 +246,3 @@ def _adapter_plan(args: argparse.Namespace, setting: Setting | None, count: int)
     ranks = args.ranks or (setting.ranks if setting else ())
     modules = args.modules or (setting.modules if setting else ATTENTION_MODULES)
     return AdapterPlan(count, ranks, modules, args.seed)
-
-
-def with_options(command: str, defaults: dict[str, str]) -> str:
-    """The command with options that it does not have already."""
-    words = shlex.split(command)
-    for flag, value in defaults.items():
-        if not any(word == flag or word.startswith(f"{flag}=") for word in words):
-            words.append(f"{flag}={value}" if value else flag)
-    return shlex.join(words)

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.serving.bench import Bench, BenchError, Server
 from benchmarks.serving.clients import Clients
-from benchmarks.serving.options import Options, parse_options, with_options
+from benchmarks.serving.commands import with_options
+from benchmarks.serving.options import Options, parse_options
 from benchmarks.serving.plan import FixedLoad, Rate, RunPlan, Workload, draw_trace
 from benchmarks.serving.trace import TraceRequest, write_trace
 
@@ -48,6 +49,12 @@ def test_adapters_may_be_left_to_come_when_they_are_needed() -> None:
     assert (options.system, options.idle_prefetch) == ("loraplane-no-prefetch", False)
     assert options.control_plane.split()[1:] == ["--max-waiting=65536", "--no-idle-prefetch"]
     assert options.out.name == "serving_loraplane-no-prefetch_S1.json"
+
+
+def test_idle_prefetch_is_told_as_the_control_plane_has_it() -> None:
+    options = parse("--setting", "S1", "--adapters", "5", "--control-plane", "controlplane --no-idle-prefetch")
+    assert (options.system, options.idle_prefetch) == ("loraplane-no-prefetch", False)
+    assert options.control_plane == "controlplane --no-idle-prefetch --max-waiting=65536"
 
 
 def test_a_setting_is_served_with_random_weights_and_a_queue_that_refuses_nobody() -> None:
