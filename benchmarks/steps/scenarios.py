@@ -109,7 +109,7 @@ class Scenarios:
         bench, batch, rank = self._bench, settings.max_large, settings.large_rank
         sets = {NO_ADAPTER: [""] * batch, f"{batch} of rank {settings.small_rank}": bench.digests(settings.small_rank, batch)}
         for name, digests in sets.items():
-            step = EndlessDecode(partial(self._loop, digests, GREEDY), settings.num_steps)
+            step = EndlessDecode(partial(self._loop, digests, self._start), settings.num_steps)
             found = measure_slowdown(step, bench.copier, [bench.images[rank]], bench.places)
             step.finish()
             about = {"batch": batch, "adapters": name, "num_adapters": len(set(filter(None, digests))), "loaded_rank": rank}
@@ -119,17 +119,21 @@ class Scenarios:
     def decode(self, digests: Sequence[str]) -> Decode:
         """One request for each digest, empty for the base model."""
         times = self._times(digests)
+        # The last step that was timed has longer contexts than the median one; the parts are those of one as long as that.
+        loop = self._loop(digests, self._settings.context - 1)
+        loop.turn()
+        loop.finish()
         # The requests are gone, but nobody has written where they were.
         return Decode(times, self._parts.forward_ms(), self._parts.lora())
 
     def _times(self, digests: Sequence[str], sampling: EngineSampling = GREEDY) -> LoopTimes:
-        loop = self._loop(digests, sampling)
+        loop = self._loop(digests, self._start, sampling)
         times = loop.run(self._settings.num_warmup, self._settings.num_steps)
         loop.finish()
         return times
 
-    def _loop(self, digests: Sequence[str], sampling: EngineSampling) -> StepLoop:
-        return StepLoop(self._bench, [self._bench.decoding(self._start, digest, sampling) for digest in digests])
+    def _loop(self, digests: Sequence[str], num_tokens: int, sampling: EngineSampling = GREEDY) -> StepLoop:
+        return StepLoop(self._bench, [self._bench.decoding(num_tokens, digest, sampling) for digest in digests])
 
     @property
     def _start(self) -> int:

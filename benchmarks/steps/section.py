@@ -20,9 +20,8 @@ PARTS = """Where the time of base-only steps goes. *GEMM* (all matrix products) 
 takes to launch a step, while the device computes another. *estimate*: GEMM, and keys and values read at {floor_tb_per_s} TB/s,
 about what a plain kernel reaches; *TB/s* is what attention reaches.
 
-The estimate is no bound: a step over it may be below 1. Attention over a large batch reads faster than that; and the parts are
-timed on the last step that was measured, whose requests are some tokens longer than those of the median step. For the second
-reason *beside* may be negative.
+The estimate is no bound: a step over it may be below 1, as attention over a large batch reads faster than that. *beside* is the
+difference of two measurements: where the host costs nothing it may fall below 0.
 """
 
 PROMPTS = """Steps in which a prompt joins requests that decode, and one prompt alone: M + N tokens are one token for each of M

@@ -23,6 +23,8 @@ def test_every_section_is_measured_and_reported(tmp_path: Path) -> None:
         parts = row["gemm_ms"] + row["attention_ms"] + row["lora_ms"] + row["other_device_ms"]
         assert parts == pytest.approx(row["forward_ms"])
         assert (row["lora_ms"] > 0) == (row["num_adapters"] > 0)
+        # The parts are of the step in the middle: keys and values, 2 heads of 16, in 2 layers.
+        assert row["attention_bytes"] == row["batch"] * tiny.context * 2 * 32 * 4 * 2
     # 4 adapters of ranks 1 to 4 on all modules of 2 layers: 8 times 64, 64 times 64 + 32 twice, 64 + 160 three times.
     assert result["wide"][1]["lora_bytes"] == 4 * 2 * (1 + 2 + 3 + 4) * (2 * 128 + 2 * 96 + 3 * 224)
     report.write_page(tmp_path, tmp_path / "performance.md")
