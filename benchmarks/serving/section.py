@@ -34,7 +34,8 @@ SATURATED = """All requests at once:
 """
 
 SYSTEMS = """What is compared. *of {ours}* is req/s as a share of what {ours} does with the same adapters and requests: in another
-run, on the machine that is named below, so a few percent may be the runs' own.
+run, and where another commit stands beside it, of another version. A few percent may be the runs' own, and what else changed
+between the versions is in the other columns too, processor time and ITL above all.
 """
 
 REPEATED = """Runs that were repeated are shown by the one in the middle; req/s of the slowest and the fastest: {spreads}.
@@ -45,8 +46,9 @@ dealt in turn. *sent* is when the last of them was sent, *s* when the last strea
 in which the prompts are computed too. What was repeated is shown by the run in the middle:
 """
 
-OPEN_LOOP = """Arrivals at a rate, in brackets the share of the lowest saturated one with adapters. *req/s* is below the rate even
-where nothing queues, as the time in which the last requests come to their end counts too, and more so the shorter the run:
+OPEN_LOOP = """Arrivals at a rate, in brackets the share of the lowest saturated one with adapters. *req/s* is mostly below
+the rate even where nothing queues, as the time in which the last requests come to their end counts too, and more so the shorter
+the run; bursts may all have come before the time is up, and then it may be above:
 """
 
 WHERE = """Where the time goes when saturated. *engine*: the share of the time that it spends in steps; waiting for the device is

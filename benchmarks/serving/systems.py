@@ -25,5 +25,10 @@ def about_system(result: Json) -> str:
     host_cache = HOST_CACHE.search(result.get("data_plane") or "")
     if host_cache is not None:
         parts.append(f"a host cache of {int(host_cache[1]) / 2**30:.0f} GiB")
+    limits = {run["max_seconds"] for run in result["runs"] if run.get("max_seconds")}
+    if limits:
+        parts.append(f"cut off after {max(limits):.0f} s, so that rates and latencies are those of what was completed by then")
+    if result.get("commit"):
+        parts.append(f"commit {result['commit']}")
     parts += [f"`{result[plane]}`" for plane in ("data_plane", "control_plane") if result.get(plane)]
     return f"- {result['system']}: {'; '.join(parts)}" if parts else f"- {result['system']}"
