@@ -119,7 +119,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(STOP_TIMEOUT_S)
     finally:
         process.kill()
-        kill_session(process.pid)
+        if left := kill_session(process.pid):
+            say(f"processes {', '.join(map(str, left))} were killed and still run; what is measured now may be slower for them")
         process.poll()
 
 

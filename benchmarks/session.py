@@ -15,15 +15,18 @@ _KILL_TIMEOUT_S = 30.0
 _STATE, _SESSION, _NUM_THREADS = 0, 3, 17
 
 
-def kill_session(session: int) -> None:
-    """Kills what is in it, and returns when that is gone and its memory free, the device's too."""
+def kill_session(session: int) -> list[int]:
+    """Kills what is in it, and returns when that is gone and its memory free, the device's too; or the ids of what still runs
+    after 30 s.
+    """
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     # Again and again: what is being started just now is not seen yet.
     while (pids := _running(session)) and time.monotonic() < deadline:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)
+    return pids
 
 
 def _running(session: int) -> list[int]:
