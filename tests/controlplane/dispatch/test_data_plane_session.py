@@ -23,10 +23,9 @@ from controlplane.messages import DataPlaneDescription
 from protos.loraplane.v1 import data_plane_pb2 as pb
 from protos.loraplane.v1 import data_plane_pb2_grpc as pb_grpc
 from protos.planes import AdmittedRequest, BatchUpdate, EngineSampling, EngineState, StepReport, reports_to_proto
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 QUICK = SessionConfig(describe_timeout_s=5.0, hello_timeout_s=5.0, backoff_min_s=0.001, backoff_max_s=0.01)
-PATIENCE_S = 20.0
 
 
 class Listener:

@@ -18,9 +18,7 @@ from controlplane.errors import AbortedError, DeadlineError, InternalError, Queu
 from controlplane.messages import AdapterRef, DoesNotFit, FinishReason, RequestOutcome, RequestSpec
 from controlplane.scheduling import Scheduler
 from protos.planes import AdapterPlace, EngineSampling, StepLogprobs
-from tests.waiting import until
-
-PATIENCE_S = 20.0
+from tests.waiting import PATIENCE_S, until
 
 PLAIN = NullConfig()
 SLOW = NullConfig(step_s=0.002)

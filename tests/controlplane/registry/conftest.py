@@ -24,7 +24,8 @@ def redis_url() -> Iterator[str]:
         command = [str(find_redis_server()), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
-                block_until(lambda: _answers(path))
+                block_until(lambda: process.poll() is not None or _answers(path), "an answer of redis-server")
+                assert process.poll() is None, f"redis-server ended with exit code {process.returncode}"
                 yield f"unix://{path}"
             finally:
                 process.terminate()
