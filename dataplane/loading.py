@@ -33,7 +33,7 @@ from kernels.plan_layout import LoraLimits
 
 _log = logging.getLogger(__name__)
 
-# Of numbers of rows for which cuBLAS is asked to choose a kernel at start.
+# Between numbers of rows for which a kernel of cuBLAS is loaded at start; in between it is taken to choose the same.
 _ROWS_APART = 64
 
 

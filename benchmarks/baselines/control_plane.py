@@ -14,7 +14,7 @@ from controlplane.__main__ import main as serve_control_plane
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until a signal; the exit code."""
-    options = parse_options("benchmarks.baselines.control_plane", sys.argv[1:] if argv is None else argv)
+    options = parse_options("benchmarks.baselines.control_plane", sys.argv[1:] if argv is None else argv, __doc__)
     if options.baseline is not Baseline.NO_UNIFY:
         return serve_control_plane(options.others)
     return serve_control_plane(options.others, partial(SlotScheduler, options.num_slots))

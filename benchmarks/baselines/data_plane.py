@@ -29,7 +29,7 @@ def parts_of(options: BaselineOptions) -> Parts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until a signal; the exit code."""
-    options = parse_options("benchmarks.baselines.data_plane", sys.argv[1:] if argv is None else argv)
+    options = parse_options("benchmarks.baselines.data_plane", sys.argv[1:] if argv is None else argv, __doc__)
     parts = parts_of(options)
 
     def load(config: DataPlaneConfig, progress: Progress | None) -> DataPlane:

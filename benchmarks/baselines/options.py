@@ -27,9 +27,9 @@ class BaselineOptions:
     others: tuple[str, ...]
 
 
-def parse_options(module: str, argv: Sequence[str]) -> BaselineOptions:
+def parse_options(module: str, argv: Sequence[str], description: str | None = None) -> BaselineOptions:
     """Reads the options; ends the process with a message when they are not right."""
-    parser = make_parser(module, __doc__)
+    parser = make_parser(module, description)
     parser.add_argument("--baseline", required=True, choices=[baseline.value for baseline in Baseline])
     parser.add_argument("--slots", type=int, default=NUM_SLOTS, metavar="N", help=f"adapter slots of no-unify ({NUM_SLOTS})")
     parser.add_argument(

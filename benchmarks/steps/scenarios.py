@@ -199,6 +199,6 @@ def _row(name: str, batch: int, found: Decode, base: BaseParts, base_ms: float) 
         "beside_forward_ms": summary["step_ms"] - found.forward_ms,
     }
     if name == NO_ADAPTER:
-        # Named as in older results.
+        # The estimate; called a floor in results.
         row |= {"floor_ms": base.estimate_ms, "times_floor": summary["step_ms"] / base.estimate_ms}
     return row

@@ -29,7 +29,7 @@ class LaunchedSamples:
         self._logprobs = logprobs
         self._host = torch.empty(len(on_device), dtype=torch.int32, pin_memory=is_cuda)
         self._host.copy_(on_device, non_blocking=True)
-        # Blocking: whoever waits leaves the processor to others. On an H200 that takes no longer, and 0.2 cores instead of one.
+        # Blocking: whoever waits leaves the processor to others. Steps on an H200 take no longer for it.
         self._copied = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]  # torch has none
         if self._copied is not None:
             self._copied.record()
