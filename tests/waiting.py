@@ -18,8 +18,8 @@ async def until(is_so: Callable[[], bool | Awaitable[bool]], what: str = "what w
                 if await answer if isawaitable(answer) else answer:
                     return
                 await asyncio.sleep(_PAUSE_S)
-    except TimeoutError:
-        raise AssertionError(_message(what)) from None
+    except TimeoutError as error:  # or one of the condition's own, which is to be seen then
+        raise AssertionError(_message(what)) from error
 
 
 def block_until(is_so: Callable[[], bool], what: str = "what was waited for") -> None:

@@ -12,6 +12,7 @@ ABOUT = {
     "loraplane-bmm": "the same with LoRA as a padded `torch.bmm`, which no CUDA graph holds, so that no decode step is one",
     "loraplane-no-unify": "the same with slots for adapters, apart from the pages of KV",
     "loraplane-cold": "the same, its pool and host cache too small for the adapters, none on the device before a request asks",
+    "loraplane-no-prefetch": "the same, no adapter on the device before a request asks",
     "loraplane-slo": "the same, told by each request when its first token must come",
     "peft": "transformers and peft, in static batches of one adapter",
 }

@@ -207,7 +207,7 @@ class _Products(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen2"])
-def test_a_step_multiplies_nothing_whose_kernel_was_not_loaded(
+def test_kernels_are_loaded_for_just_the_products_of_steps_of_so_many_rows(
     variant: str, tmp_path: Path, paged_model: Any, paged_request: Any
 ) -> None:
     make_model(variant, tmp_path)
